@@ -1,0 +1,158 @@
+"""What a model is: sizes, grid and training settings, their presets, and every check on them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import UserError
+
+
+def _field(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One validated description of a model, its grid and its training. Any invalid value raises `UserError`."""
+
+    vocab_size: int = _field(256, "V, vocabulary; 256 is bytes")
+    hidden_size: int = _field(128, "h, size of a token's vector")
+    num_layers: int = _field(4, "L, layers")
+    num_heads: int = _field(16, "H, query heads")
+    num_kv_heads: int = _field(8, "K, key/value heads (fewer than H: grouped-query attention)")
+    ffn_size: int = _field(384, "f, width of the gated feed-forward part")
+    seq_len: int = _field(256, "S, tokens in a sequence")
+    rope_theta: float = _field(10000.0, "base of the rotary embedding's wavelengths")
+    norm_eps: float = _field(1e-5, "added to the mean square in RMSNorm")
+    tied_head: bool = _field(False, "the head is the embedding table")
+    dtype: str = _field("float32", "float32 or float64, for every floating array")
+
+    blocks: int = _field(8, "G, blocks that each weight matrix is cut in; at most G ranks")
+    tiles: int = _field(16, "T, tiles that each sequence is cut in; at most T ranks")
+
+    batch_size: int = _field(4, "B, sequences in a step")
+    steps: int = _field(60, "optimizer steps")
+    learning_rate: float = _field(6e-3, "peak of the schedule")
+    min_learning_rate: float = _field(6e-4, "where the cosine ends")
+    warmup_steps: int = _field(10, "steps of linear warm-up")
+    weight_decay: float = _field(0.1, "for matrices; gains are not decayed")
+    beta1: float = _field(0.9, "AdamW's decay of the first moment")
+    beta2: float = _field(0.95, "AdamW's decay of the second moment")
+    adam_eps: float = _field(1e-8, "AdamW's epsilon")
+    clip_norm: float = _field(1.0, "largest global gradient norm; 0 turns clipping off")
+    validation_batches: int = _field(2, "batches of held-out text for the validation loss")
+    seed: int = _field(0, "of the initial weights and of the batches")
+
+    @property
+    def head_dim(self) -> int:
+        """e, the size of a head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def tile_len(self) -> int:
+        """s, the tokens of a tile."""
+        return self.seq_len // self.tiles
+
+    @property
+    def group_size(self) -> int:
+        """g, the query heads that share a key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def kv_heads_per_block(self) -> int:
+        """K/G."""
+        return self.num_kv_heads // self.blocks
+
+    @property
+    def max_ranks(self) -> int:
+        """The largest N: every rank needs a block and a tile."""
+        return min(self.blocks, self.tiles)
+
+    @property
+    def num_parameters(self) -> int:
+        """All weights, gains included; a tied head counts once."""
+        query, key = self.hidden_size, self.num_kv_heads * self.head_dim
+        layer = self.hidden_size * (2 * query + 2 * key + 3 * self.ffn_size + 2)
+        tables = self.vocab_size * self.hidden_size * (1 if self.tied_head else 2)
+        return self.num_layers * layer + tables + self.hidden_size
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size", "seq_len",
+                     "blocks", "tiles", "batch_size", "steps", "validation_batches"):
+            _require(getattr(self, name) >= 1, self, name, "use a whole number of at least 1")
+        _require(self.warmup_steps >= 0, self, "warmup_steps", "use 0 or more")
+        _require(self.seed >= 0, self, "seed", "use 0 or more")
+        for name in ("rope_theta", "norm_eps", "adam_eps", "learning_rate"):
+            _require(0 < getattr(self, name) < float("inf"), self, name, "use a finite number above 0")
+        for name in ("weight_decay", "clip_norm", "min_learning_rate"):
+            _require(0 <= getattr(self, name) < float("inf"), self, name, "use a finite number, 0 or more")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, self, name, "use a number from 0 up to, not including, 1")
+        _require(self.dtype in ("float32", "float64"), self, "dtype", "use float32 or float64")
+        for name, divisor in (("hidden_size", "num_heads"), ("num_heads", "num_kv_heads"), ("num_kv_heads", "blocks"),
+                              ("ffn_size", "blocks"), ("vocab_size", "blocks"), ("seq_len", "tiles")):
+            _require_multiple(self, name, divisor)
+        _require(self.head_dim % 2 == 0, self, "hidden_size",
+                 f"a head has hidden_size / num_heads = {self.head_dim} entries, and the rotary embedding turns them "
+                 f"in pairs: use a multiple of {2 * self.num_heads}")
+
+    def require_ranks(self, size: int) -> None:
+        """Refuse a number of ranks that this grid cannot be dealt to."""
+        if not 1 <= size <= self.max_ranks:
+            raise UserError(f"ranks={size} is not possible: with blocks={self.blocks} and tiles={self.tiles} each rank "
+                            f"needs a block and a tile, so use 1 to {self.max_ranks} ranks, or raise both with --set")
+
+
+def _require(holds: bool, config: Config, name: str, remedy: str) -> None:
+    if not holds:
+        raise UserError(f"{name}={getattr(config, name)} is not valid: {remedy}")
+
+
+def _require_multiple(config: Config, name: str, divisor_name: str) -> None:
+    value, divisor = getattr(config, name), getattr(config, divisor_name)
+    if value % divisor:
+        below, above = value // divisor * divisor, (value // divisor + 1) * divisor
+        choices = f"{below} or {above}" if below else f"{above}"
+        raise UserError(f"{name}={value} is not a multiple of {divisor_name}={divisor}: use {choices} for {name}, "
+                        f"or another {divisor_name}")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(hidden_size=64, num_layers=2, num_heads=8, num_kv_heads=8, ffn_size=128, seq_len=64, batch_size=2,
+                 steps=20, warmup_steps=5, validation_batches=1),
+    "small": {},
+    "bench": dict(hidden_size=512, num_layers=4, num_heads=8, num_kv_heads=8, ffn_size=1408, seq_len=2048,
+                  batch_size=1, steps=5, warmup_steps=1, learning_rate=3e-4, min_learning_rate=3e-5),
+    "7b": dict(vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, ffn_size=16384,
+               seq_len=16384, blocks=32, tiles=64, batch_size=1),
+}
+"""`tiny` runs in seconds, `small` is the default, `bench` is for timing, `7b` is the paper's model, for planning only."""
+
+
+def make_config(preset: str = "small", settings: list[str] | None = None, **overrides: Any) -> Config:
+    """The preset with `settings` ("field=value" texts) and then `overrides` laid over it."""
+    if preset not in PRESETS:
+        raise UserError(f"preset={preset} is unknown: use one of {', '.join(PRESETS)}")
+    chosen = dict(PRESETS[preset])
+    for setting in settings or []:
+        name, separator, text = setting.partition("=")
+        if not separator:
+            raise UserError(f"--set {setting} is not of the form field=value, for example hidden_size=64")
+        chosen[name] = _parse(name, text)
+    return Config(**{**chosen, **overrides})
+
+
+def _parse(name: str, text: str) -> Any:
+    """The value of a field from its text, by the type that the field is declared with."""
+    types = {item.name: item.type for item in dataclasses.fields(Config)}
+    if name not in types:
+        raise UserError(f"field {name} is unknown: use one of {', '.join(types)}")
+    try:
+        if types[name] == "bool":
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return {"int": int, "float": float, "str": str}[str(types[name])](text)
+    except (ValueError, KeyError):
+        kind = {"bool": "true or false", "int": "a whole number", "float": "a number"}[str(types[name])]
+        raise UserError(f"{name}={text} is not valid: use {kind}") from None

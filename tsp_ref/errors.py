@@ -1,0 +1,12 @@
+"""The errors that a user can mend, as opposed to mistakes in this program."""
+
+
+class UserError(Exception):
+    """A request that cannot be met: one line that names the field, the value and what would be valid.
+
+    The command line prints it once, on rank 0, and every rank exits with code 2.
+    """
+
+
+class MessageError(RuntimeError):
+    """A message that is wrong: not contiguous, of another size or dtype than its receiver expects, or never matched."""

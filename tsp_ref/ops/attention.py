@@ -1,0 +1,133 @@
+"""Grouped-query causal attention for one block of heads and one tile of queries.
+
+The g query heads that share a key/value head are stacked as g·s rows under it, so keys are never repeated and each
+product is one matrix multiplication per key/value head.
+"""
+
+from __future__ import annotations
+
+from ..arrays import Array, Namespace
+from .rotary import rotary_backward, rotary_forward
+
+
+def qkv_forward(
+    xp: Namespace, x: Array, wqkv: Array, rotary: Array, group_size: int
+) -> tuple[Array, Array, Array]:
+    """Project a tile to the queries, keys and values of one block of heads, turned by their positions.
+
+    x [B, s, h], wqkv [h, (H+2K)/G·e], rotary [2, s, e/2] -> q [B, K/G, g·s, e], k and v [B, K/G, s, e].
+    """
+    batch, length, _ = x.shape
+    head_dim = 2 * rotary.shape[-1]
+    kv_heads = wqkv.shape[1] // (group_size + 2) // head_dim
+    qkv = x.reshape(batch * length, -1) @ wqkv  # [B*s, h] -> [B*s, (H+2*K)/G*e]
+    heads = qkv.reshape(batch, length, -1, head_dim).transpose(0, 2, 1, 3)  # -> [B, (H+2*K)/G, s, e]
+    queries = group_size * kv_heads
+    q = rotary_forward(xp, heads[:, :queries], rotary)  # -> [B, H/G, s, e]
+    k = rotary_forward(xp, heads[:, queries : queries + kv_heads], rotary)  # -> [B, K/G, s, e]
+    v = heads[:, queries + kv_heads :]  # -> [B, K/G, s, e]
+    return q.reshape(batch, kv_heads, -1, head_dim), k, v  # q: [B, H/G, s, e] -> [B, K/G, g*s, e]
+
+
+def qkv_backward(
+    xp: Namespace, dq: Array, dk: Array, dv: Array, x: Array, wqkv: Array, rotary: Array, out: Array
+) -> Array:
+    """dq [B, K/G, g·s, e], dk and dv [B, K/G, s, e] -> dx [B, s, h]; dwqkv is written into `out`."""
+    batch, length, hidden = x.shape
+    head_dim = dq.shape[-1]
+    dheads = xp.empty((batch, wqkv.shape[1] // head_dim, length, head_dim), dtype=x.dtype)  # [B, (H+2*K)/G, s, e]
+    kv_heads = dk.shape[1]
+    queries = dheads.shape[1] - 2 * kv_heads
+    dheads[:, :queries] = rotary_backward(xp, dq.reshape(batch, queries, length, head_dim), rotary)
+    dheads[:, queries : queries + kv_heads] = rotary_backward(xp, dk, rotary)
+    dheads[:, queries + kv_heads :] = dv
+    dqkv = dheads.transpose(0, 2, 1, 3).reshape(batch * length, -1)  # -> [B*s, (H+2*K)/G*e]
+    xp.matmul(x.reshape(batch * length, hidden).T, dqkv, out=out)
+    dx = dqkv @ wqkv.T  # [B*s, (H+2*K)/G*e] -> [B*s, h]
+    return dx.reshape(batch, length, hidden)
+
+
+def causal_mask(xp: Namespace, length: int, dtype: str) -> Array:
+    """What to add to the scores of a tile against itself [s, s]: 0 for a key at or before its query, else -inf."""
+    return xp.triu(xp.full((length, length), -xp.inf, dtype=dtype), 1)  # [s, s]
+
+
+def attention_scores(xp: Namespace, q: Array, k: Array, mask: Array) -> Array:
+    """Scaled, masked scores of a tile's queries against all keys up to its last: [B, K/G, g·s, n].
+
+    Only the last s columns, the tile against itself, need the mask: all keys before the tile are visible.
+    """
+    batch, kv_heads, rows, head_dim = q.shape
+    length = mask.shape[0]
+    scores = (q * head_dim**-0.5) @ k.swapaxes(-1, -2)  # [B, K/G, g*s, e] -> [B, K/G, g*s, n]
+    scores.reshape(batch, kv_heads, rows // length, length, -1)[..., -length:] += mask
+    return scores
+
+
+def attend_forward(xp: Namespace, q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
+    """One softmax over all keys that a tile sees.
+
+    q [B, K/G, g·s, e], k and v [B, K/G, n, e], mask [s, s] -> the heads' output [B, K/G, g·s, e] and the
+    log-sum-exp of each query's scores [B, K/G, g·s, 1].
+    """
+    probs = attention_scores(xp, q, k, mask)
+    largest = xp.max(probs, axis=-1, keepdims=True)  # [B, K/G, g*s, n] -> [B, K/G, g*s, 1]
+    probs -= largest
+    xp.exp(probs, out=probs)
+    total = xp.sum(probs, axis=-1, keepdims=True)  # [B, K/G, g*s, n] -> [B, K/G, g*s, 1]
+    heads = probs @ v  # [B, K/G, g*s, n] -> [B, K/G, g*s, e]
+    heads /= total
+    return heads, largest + xp.log(total)
+
+
+def attend_backward(
+    xp: Namespace, dheads: Array, q: Array, k: Array, v: Array, mask: Array, heads: Array, logsumexp: Array
+) -> tuple[Array, Array]:
+    """The softmax is recomputed from its log-sum-exp, so no [s, n] array is ever kept.
+
+    dheads [B, K/G, g·s, e] -> dq [B, K/G, g·s, e] and, stacked, dk and dv [2, B, K/G, n, e].
+    """
+    probs = attention_scores(xp, q, k, mask)
+    probs -= logsumexp
+    xp.exp(probs, out=probs)
+    dkv = xp.empty((2, *k.shape), dtype=k.dtype)  # [2, B, K/G, n, e]
+    xp.matmul(probs.swapaxes(-1, -2), dheads, out=dkv[1])
+    dscores = dheads @ v.swapaxes(-1, -2)  # [B, K/G, g*s, e] -> [B, K/G, g*s, n]
+    # A softmax passes on only what differs from the weighted mean of its gradient, which is <dheads, heads>.
+    dscores -= xp.sum(dheads * heads, axis=-1, keepdims=True)
+    dscores *= probs
+    dscores *= q.shape[-1] ** -0.5
+    xp.matmul(dscores.swapaxes(-1, -2), q, out=dkv[0])
+    dq = dscores @ k  # [B, K/G, g*s, n] -> [B, K/G, g*s, e]
+    return dq, dkv
+
+
+def merge_heads(xp: Namespace, heads: Array, length: int) -> Array:
+    """Put the heads side by side: [B, K/G, g·s, e] -> [B·s, H/G·e]."""
+    batch, kv_heads, rows, head_dim = heads.shape
+    split = heads.reshape(batch, kv_heads * rows // length, length, head_dim)  # -> [B, H/G, s, e]
+    return split.transpose(0, 2, 1, 3).reshape(batch * length, -1)  # [B, H/G, s, e] -> [B*s, H/G*e]
+
+
+def out_forward(xp: Namespace, heads: Array, wo: Array, length: int) -> Array:
+    """This block of heads' part of the attention's output: [B, K/G, g·s, e], wo [H/G·e, h] -> [B, s, h]."""
+    y = merge_heads(xp, heads, length) @ wo  # [B*s, H/G*e] -> [B*s, h]
+    return y.reshape(heads.shape[0], length, -1)
+
+
+def out_backward(xp: Namespace, dy: Array, heads: Array, wo: Array, length: int) -> Array:
+    """dy [B, s, h] -> dheads [B, K/G, g·s, e]."""
+    batch, kv_heads, _, head_dim = heads.shape
+    dheads = dy.reshape(batch * length, -1) @ wo.T  # [B*s, h] -> [B*s, H/G*e]
+    split = dheads.reshape(batch, length, -1, head_dim).transpose(0, 2, 1, 3)  # -> [B, H/G, s, e]
+    return split.reshape(batch, kv_heads, -1, head_dim)
+
+
+def out_backward_weight(xp: Namespace, dy: Array, heads: Array, out: Array) -> None:
+    """dy [B, s, h] -> dwo, written into `out` [H/G·e, h].
+
+    Apart from `out_backward`, because a weight's gradient is written into its packed block together with wqkv's, which
+    is known only when the gradients of keys and values have come back from every tile.
+    """
+    batch, length, hidden = dy.shape
+    xp.matmul(merge_heads(xp, heads, length).T, dy.reshape(batch * length, hidden), out=out)

@@ -1,0 +1,51 @@
+"""The head and the cross-entropy for one block of the vocabulary; the logits of all V tokens never exist at once.
+
+A block's logits are summed up in three numbers for each token: their largest, the sum of exp(logit - largest), and the
+target's logit (0 if the target is in another block). Two such triples merge into the triple of both blocks.
+"""
+
+from __future__ import annotations
+
+from ..arrays import Array, Namespace
+from .embedding import one_hot
+
+
+def logits_forward(xp: Namespace, x: Array, table: Array, targets: Array, first: int) -> Array:
+    """x [B, s, h], table [V/G, h], targets [B, s] -> the triple (largest, sum, target's logit), [3, B·s]."""
+    logits = x.reshape(-1, x.shape[-1]) @ table.T  # [B*s, h] -> [B*s, V/G]
+    hot = one_hot(xp, targets, first, table.shape[0], x.dtype)
+    triple = xp.empty((3, logits.shape[0]), dtype=x.dtype)  # [3, B*s]
+    triple[2] = xp.sum(logits * hot, axis=-1)
+    triple[0] = xp.max(logits, axis=-1)
+    logits -= triple[0][:, None]
+    triple[1] = xp.sum(xp.exp(logits, out=logits), axis=-1)
+    return triple
+
+
+def logits_backward(
+    xp: Namespace, scale: float, x: Array, table: Array, targets: Array, first: int, logsumexp: Array, out: Array
+) -> Array:
+    """dx [B, s, h] for a loss of `scale` per token; dtable is written into `out`. The logits are computed anew."""
+    flat = x.reshape(-1, x.shape[-1])  # [B, s, h] -> [B*s, h]
+    dlogits = flat @ table.T  # [B*s, h] -> [B*s, V/G]
+    dlogits -= logsumexp[:, None]
+    xp.exp(dlogits, out=dlogits)
+    dlogits -= one_hot(xp, targets, first, table.shape[0], x.dtype)
+    dlogits *= scale
+    xp.matmul(dlogits.T, flat, out=out)
+    return (dlogits @ table).reshape(x.shape)  # [B*s, V/G] -> [B, s, h]
+
+
+def merge_triples(xp: Namespace, left: Array, right: Array) -> Array:
+    """The triple [3, B·s] of two blocks together: the tree's operation for the head."""
+    merged = xp.empty(left.shape, dtype=left.dtype)
+    xp.maximum(left[0], right[0], out=merged[0])
+    merged[1] = left[1] * xp.exp(left[0] - merged[0]) + right[1] * xp.exp(right[0] - merged[0])
+    merged[2] = left[2] + right[2]
+    return merged
+
+
+def token_losses(xp: Namespace, triple: Array) -> tuple[Array, Array]:
+    """The cross-entropy of each token and the log-sum-exp of its logits, both [B·s], from the triple of all blocks."""
+    logsumexp = triple[0] + xp.log(triple[1])
+    return logsumexp - triple[2], logsumexp

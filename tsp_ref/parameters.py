@@ -1,0 +1,122 @@
+"""The weights as a rank holds them: whole blocks, each one flat array that travels as it lies, and how they begin.
+
+A block of a layer's attention is {wq, wk, wv, wo} of H/G query heads and K/G key/value heads; a block of its MLP is
+{gate, up, down} of f/G columns; a block of the embedding or of the head is V/G rows. The small gains of the norms are
+replicated. Gradients and optimizer moments have the same form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .arrays import Array
+from .config import Config
+from .model import Model
+
+
+@dataclass
+class Parameters:
+    """What one rank holds; n is the number of its blocks."""
+
+    embedding: Array  # [n, V/G, h]
+    attention: list[Array]  # for each layer [n, size of a packed block]
+    mlp: list[Array]  # for each layer [n, size of a packed block]
+    head: Array | None  # [n, V/G, h], or None where the head is the embedding
+    gains: Array  # [2L+1, h]: attention and MLP norm of each layer, then the last norm
+
+    @property
+    def head_table(self) -> Array:
+        """The head's rows [n, V/G, h], wherever they are kept."""
+        return self.embedding if self.head is None else self.head
+
+    def tensors(self) -> Iterator[tuple[str, Array]]:
+        """Every array that is dealt out by blocks, named, in the canonical order."""
+        yield "embedding", self.embedding
+        for layer, (attention, mlp) in enumerate(zip(self.attention, self.mlp)):
+            yield f"layers.{layer}.attention", attention
+            yield f"layers.{layer}.mlp", mlp
+        if self.head is not None:
+            yield "head", self.head
+
+
+def attention_shapes(config: Config) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of wqkv, which is wq, wk and wv side by side, and of wo, in one block."""
+    query = config.num_heads // config.blocks * config.head_dim
+    key = config.kv_heads_per_block * config.head_dim
+    return (config.hidden_size, query + 2 * key), (query, config.hidden_size)
+
+
+def mlp_shapes(config: Config) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of gate and up side by side, and of down, in one block."""
+    width = config.ffn_size // config.blocks
+    return (config.hidden_size, 2 * width), (width, config.hidden_size)
+
+
+def attention_views(config: Config, block: Array) -> tuple[Array, Array]:
+    """wqkv [h, (H+2K)/G·e] and wo [H/G·e, h] as views of a packed block."""
+    return _views(block, *attention_shapes(config))
+
+
+def mlp_views(config: Config, block: Array) -> tuple[Array, Array]:
+    """gate_up [h, 2f/G] and down [f/G, h] as views of a packed block."""
+    return _views(block, *mlp_shapes(config))
+
+
+def _views(block: Array, first: tuple[int, int], second: tuple[int, int]) -> tuple[Array, Array]:
+    cut = first[0] * first[1]
+    return block[:cut].reshape(first), block[cut:].reshape(second)
+
+
+def named_views(config: Config, name: str, block: Array) -> dict[str, Array]:
+    """The matrices of one block of the tensor called `name`, under the field's names."""
+    if name.endswith("attention"):
+        wqkv, wo = attention_views(config, block)
+        query = wo.shape[0]
+        key = config.kv_heads_per_block * config.head_dim
+        return {"wq": wqkv[:, :query], "wk": wqkv[:, query : query + key], "wv": wqkv[:, query + key :], "wo": wo}
+    if name.endswith("mlp"):
+        gate_up, down = mlp_views(config, block)
+        width = down.shape[0]
+        return {"gate": gate_up[:, :width], "up": gate_up[:, width:], "down": down}
+    return {"table": block}
+
+
+def empty_parameters(model: Model, kind: str) -> Parameters:
+    """Zeros in the form of this rank's parameters, counted in its memory as `kind`."""
+    config, held = model.config, len(model.grid.blocks)
+    attention = sum(rows * columns for rows, columns in attention_shapes(config))
+    mlp = sum(rows * columns for rows, columns in mlp_shapes(config))
+    table = (held, config.vocab_size // config.blocks, config.hidden_size)
+
+    def zeros(*shape: int) -> Array:
+        return model.memory.track(kind, model.xp.zeros(shape, dtype=config.dtype))
+
+    return Parameters(
+        embedding=zeros(*table),
+        attention=[zeros(held, attention) for _ in range(config.num_layers)],
+        mlp=[zeros(held, mlp) for _ in range(config.num_layers)],
+        head=None if config.tied_head else zeros(*table),
+        gains=zeros(2 * config.num_layers + 1, config.hidden_size),
+    )
+
+
+def initial_parameters(model: Model) -> Parameters:
+    """This rank's blocks of the initial weights: each drawn from a generator keyed by (seed, tensor, block).
+
+    Standard deviation 0.02, for the matrices that write into the residual stream 0.02 / sqrt(2L); gains are one.
+    Nothing depends on the rank, and no rank ever draws a block that it does not own.
+    """
+    config = model.config
+    parameters = empty_parameters(model, "weights")
+    parameters.gains[...] = 1.0
+    for number, (name, tensor) in enumerate(parameters.tensors()):
+        for held, block in zip(tensor, model.grid.blocks):
+            generator = np.random.default_rng([config.seed, number, block])
+            held[...] = model.xp.asarray(0.02 * generator.standard_normal(held.shape, dtype=config.dtype))
+            for field, matrix in named_views(config, name, held).items():
+                if field in ("wo", "down"):
+                    matrix *= (2 * config.num_layers) ** -0.5
+    return parameters

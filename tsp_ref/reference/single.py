@@ -1,0 +1,256 @@
+"""The model in one process, on the grid: the stated computation whose bits every schedule reproduces on N ranks.
+
+Every schedule has these functions, in this order; what it adds is messages. Nothing is imported from them here.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ..activations import AttentionSaved, HeadSaved, MlpSaved, Saved
+from ..arrays import Array, Tiles
+from ..model import Model
+from ..ops.attention import (
+    attend_backward,
+    attend_forward,
+    out_backward,
+    out_backward_weight,
+    out_forward,
+    qkv_backward,
+    qkv_forward,
+)
+from ..ops.embedding import embed_backward, embed_forward
+from ..ops.loss import logits_backward, logits_forward, merge_triples, token_losses
+from ..ops.mlp import swiglu_backward, swiglu_forward
+from ..ops.norm import rmsnorm_backward, rmsnorm_forward
+from ..parameters import Parameters, attention_views, mlp_views
+from ..tree import Tree
+
+
+def normalise(model: Model, x: Tiles, gain: Array) -> Tiles:
+    """RMSNorm of every tile; the backward computes it anew rather than keep it."""
+    return {slot: rmsnorm_forward(model.xp, x[slot], gain, model.config.norm_eps)[0] for slot in model.grid.slots}
+
+
+def normalise_backward(model: Model, dy: Tiles, x: Tiles, gain: Array, dgain: Tiles, row: int) -> Tiles:
+    """dx; each tile's gradient of the gain goes into row `row` of the tile's dgain [2L+1, h]."""
+    dx: Tiles = {}
+    for slot in model.grid.slots:
+        _, inverse = rmsnorm_forward(model.xp, x[slot], gain, model.config.norm_eps)
+        dx[slot], dgain[slot][row] = rmsnorm_backward(model.xp, dy[slot], x[slot], gain, inverse)
+    return dx
+
+
+def add_residual(model: Model, x: Tiles, part: dict[int, Tree[Array]]) -> Tiles:
+    """x plus the sum over all blocks of a part's output, a new array for each tile."""
+    return {slot: model.memory.track("activations", x[slot] + part[slot].total) for slot in model.grid.slots}
+
+
+def embedding_forward(model: Model, tokens: Tiles, weights: Parameters) -> Tiles:
+    """tokens: slot -> [B, s]. Returns slot -> [B, s, h]."""
+    config, grid, xp = model.config, model.grid, model.xp
+    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    for block, table in zip(grid.blocks, weights.embedding):
+        for slot in grid.slots:
+            output[slot].add(block, embed_forward(xp, tokens[slot], table, block * len(table)))
+    return {slot: model.memory.track("activations", output[slot].total) for slot in grid.slots}
+
+
+def embedding_backward(model: Model, dx: Tiles, tokens: Tiles, weights: Parameters, gradients: Parameters) -> None:
+    """Writes the embedding's gradient; where the head is tied to it, adds to what the head has written."""
+    config, grid, xp = model.config, model.grid, model.xp
+    for block, table, out in zip(grid.blocks, weights.embedding, gradients.embedding):
+        dtable = Tree[Array](range(config.tiles))
+        for slot in grid.slots:
+            leaf = model.empty("buffers", *table.shape)
+            embed_backward(xp, dx[slot], tokens[slot], table, block * len(table), out=leaf)
+            dtable.add(slot, leaf)
+        out[...] = out + dtable.total if config.tied_head else dtable.total
+
+
+def attention_forward(model: Model, x: Tiles, weights: Parameters, layer: int) -> tuple[Tiles, AttentionSaved]:
+    """x plus the attention of the normalised x: slot -> [B, s, h].
+
+    Kept keys and values: block -> [2, B, K/G, S, e], keys and then values of the whole sequence.
+    """
+    config, grid, xp, track = model.config, model.grid, model.xp, model.memory.track
+    normed = normalise(model, x, weights.gains[2 * layer])
+    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    saved = AttentionSaved(x)
+    for block, packed in zip(grid.blocks, weights.attention[layer]):
+        wqkv, wo = attention_views(config, packed)
+        keys_values = model.empty(
+            "activations", 2, config.batch_size, config.kv_heads_per_block, config.seq_len, config.head_dim)
+        saved.keys_values[block] = keys_values
+        for slot in grid.slots:
+            q, k, v = qkv_forward(xp, normed[slot], wqkv, model.rotary[slot], config.group_size)
+            saved.q[block, slot] = track("activations", q)
+            keys_values[0, :, :, grid.tokens(slot)] = k
+            keys_values[1, :, :, grid.tokens(slot)] = v
+        for slot in grid.slots:
+            k, v = keys_values[:, :, :, : grid.visible(slot)]
+            heads, logsumexp = attend_forward(xp, saved.q[block, slot], k, v, model.mask)
+            output[slot].add(block, out_forward(xp, heads, wo, config.tile_len))
+            saved.heads[block, slot] = track("activations", heads)
+            saved.logsumexp[block, slot] = track("activations", logsumexp)
+    return add_residual(model, x, output), saved
+
+
+def attention_backward(
+    model: Model, dy: Tiles, saved: AttentionSaved, weights: Parameters, layer: int, gradients: Parameters, dgain: Tiles
+) -> Tiles:
+    """dy: slot -> [B, s, h]. Returns dx; writes the layer's attention gradients and the tiles' gain gradients."""
+    config, grid, xp = model.config, model.grid, model.xp
+    gain = weights.gains[2 * layer]
+    normed = normalise(model, saved.x, gain)
+    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    for block, packed, out in zip(grid.blocks, weights.attention[layer], gradients.attention[layer]):
+        wqkv, wo = attention_views(config, packed)
+        dq: Tiles = {}
+        dkv = {slot: Tree[Array](grid.readers(slot)) for slot in grid.slots}
+        for slot in grid.slots:
+            k, v = saved.keys_values[block][:, :, :, : grid.visible(slot)]
+            heads = saved.heads[block, slot]
+            dheads = out_backward(xp, dy[slot], heads, wo, config.tile_len)
+            dq[slot], dkeys = attend_backward(
+                xp, dheads, saved.q[block, slot], k, v, model.mask, heads, saved.logsumexp[block, slot])
+            for seen, tree in dkv.items():
+                if slot in tree.leaves:
+                    tree.add(slot, dkeys[:, :, :, grid.tokens(seen)])
+        dweights = Tree[Array](range(config.tiles))
+        for slot in grid.slots:
+            leaf = model.empty("buffers", packed.size)
+            dwqkv, dwo = attention_views(config, leaf)
+            dk, dv = dkv[slot].total
+            dnormed[slot].add(block, qkv_backward(
+                xp, dq[slot], dk, dv, normed[slot], wqkv, model.rotary[slot], out=dwqkv))
+            out_backward_weight(xp, dy[slot], saved.heads[block, slot], out=dwo)
+            dweights.add(slot, leaf)
+        out[...] = dweights.total
+    dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer)
+    return {slot: dy[slot] + dx[slot] for slot in grid.slots}
+
+
+def mlp_forward(model: Model, x: Tiles, weights: Parameters, layer: int) -> tuple[Tiles, MlpSaved]:
+    """x plus the gated feed-forward part of the normalised x: slot -> [B, s, h]."""
+    config, grid, xp = model.config, model.grid, model.xp
+    normed = normalise(model, x, weights.gains[2 * layer + 1])
+    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    saved = MlpSaved(x)
+    for block, packed in zip(grid.blocks, weights.mlp[layer]):
+        gate_up, down = mlp_views(config, packed)
+        for slot in grid.slots:
+            y, projected = swiglu_forward(xp, normed[slot], gate_up, down)
+            output[slot].add(block, y)
+            saved.projected[block, slot] = model.memory.track("activations", projected)
+    return add_residual(model, x, output), saved
+
+
+def mlp_backward(
+    model: Model, dy: Tiles, saved: MlpSaved, weights: Parameters, layer: int, gradients: Parameters, dgain: Tiles
+) -> Tiles:
+    """dy: slot -> [B, s, h]. Returns dx; writes the layer's MLP gradients and the tiles' gain gradients."""
+    config, grid, xp = model.config, model.grid, model.xp
+    gain = weights.gains[2 * layer + 1]
+    normed = normalise(model, saved.x, gain)
+    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    for block, packed, out in zip(grid.blocks, weights.mlp[layer], gradients.mlp[layer]):
+        gate_up, down = mlp_views(config, packed)
+        dweights = Tree[Array](range(config.tiles))
+        for slot in grid.slots:
+            leaf = model.empty("buffers", packed.size)
+            projected = saved.projected[block, slot]
+            dnormed[slot].add(block, swiglu_backward(
+                xp, dy[slot], normed[slot], gate_up, down, projected, out=mlp_views(config, leaf)))
+            dweights.add(slot, leaf)
+        out[...] = dweights.total
+    dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer + 1)
+    return {slot: dy[slot] + dx[slot] for slot in grid.slots}
+
+
+def head_forward(model: Model, x: Tiles, targets: Tiles, weights: Parameters) -> tuple[float, HeadSaved]:
+    """The mean cross-entropy over all tokens, in nats. The logits exist for one block of the vocabulary at a time."""
+    config, grid, xp = model.config, model.grid, model.xp
+    normed = normalise(model, x, weights.gains[-1])
+    triples = {slot: Tree[Array](range(config.blocks), partial(merge_triples, xp)) for slot in grid.slots}
+    for block, table in zip(grid.blocks, weights.head_table):
+        for slot in grid.slots:
+            triples[slot].add(block, logits_forward(xp, normed[slot], table, targets[slot], block * len(table)))
+    saved = HeadSaved(x)
+    loss = Tree[Array](range(config.tiles))
+    for slot in grid.slots:
+        losses, logsumexp = token_losses(xp, triples[slot].total)
+        saved.logsumexp[slot] = model.memory.track("activations", logsumexp)
+        loss.add(slot, xp.sum(losses, keepdims=True))
+    return float(loss.total[0]) / (config.batch_size * config.seq_len), saved
+
+
+def head_backward(
+    model: Model, saved: HeadSaved, targets: Tiles, weights: Parameters, gradients: Parameters, dgain: Tiles
+) -> Tiles:
+    """Returns dx: slot -> [B, s, h]; writes the head's gradient and the tiles' gain gradients."""
+    config, grid, xp = model.config, model.grid, model.xp
+    scale = 1.0 / (config.batch_size * config.seq_len)
+    normed = normalise(model, saved.x, weights.gains[-1])
+    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    for block, table, out in zip(grid.blocks, weights.head_table, gradients.head_table):
+        dtable = Tree[Array](range(config.tiles))
+        for slot in grid.slots:
+            leaf = model.empty("buffers", *table.shape)
+            dnormed[slot].add(block, logits_backward(
+                xp, scale, normed[slot], table, targets[slot], block * len(table), saved.logsumexp[slot], out=leaf))
+            dtable.add(slot, leaf)
+        out[...] = dtable.total
+    return normalise_backward(model, totals(dnormed), saved.x, weights.gains[-1], dgain, -1)
+
+
+def totals(trees: dict[int, Tree[Array]]) -> Tiles:
+    """The finished sum of every slot."""
+    return {slot: tree.total for slot, tree in trees.items()}
+
+
+def gains_backward(model: Model, dgain: Tiles, gradients: Parameters) -> None:
+    """Writes the gradient of all gains: the sum over tiles of slot -> [2L+1, h]."""
+    tree = Tree[Array](range(model.config.tiles))
+    for slot in model.grid.slots:
+        tree.add(slot, dgain[slot])
+    gradients.gains[...] = tree.total
+
+
+def model_forward(model: Model, weights: Parameters, tokens: Tiles, targets: Tiles) -> tuple[float, Saved]:
+    """The loss of a batch, and what the backward needs. tokens and targets: slot -> [B, s] of whole numbers."""
+    attention, mlp = [], []
+    x = embedding_forward(model, tokens, weights)
+    for layer in range(model.config.num_layers):
+        x, attention_saved = attention_forward(model, x, weights, layer)
+        x, mlp_saved = mlp_forward(model, x, weights, layer)
+        attention.append(attention_saved)
+        mlp.append(mlp_saved)
+    loss, head_saved = head_forward(model, x, targets, weights)
+    return loss, Saved(tokens, targets, attention, mlp, head_saved)
+
+
+def model_backward(model: Model, saved: Saved, weights: Parameters, gradients: Parameters) -> None:
+    """Writes the gradient of the loss into `gradients`; uses up what was saved, layer by layer."""
+    config = model.config
+    dgain = {slot: model.empty("buffers", *weights.gains.shape) for slot in model.grid.slots}
+    dx = head_backward(model, saved.head, saved.targets, weights, gradients, dgain)
+    for layer in reversed(range(config.num_layers)):
+        dx = mlp_backward(model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
+        dx = attention_backward(model, dx, saved.attention.pop(), weights, layer, gradients, dgain)
+    embedding_backward(model, dx, saved.tokens, weights, gradients)
+    gains_backward(model, dgain, gradients)
+
+
+def gradient_norm(model: Model, gradients: Parameters) -> float:
+    """The Euclidean norm of all gradients: squares summed over blocks by the tree, then over the tensors."""
+    xp = model.xp
+    tree = Tree[Array](range(model.config.blocks))
+    for held, block in enumerate(model.grid.blocks):
+        tree.add(block, squares(model, gradients, held))
+    return float(xp.sqrt(xp.sum(tree.total) + xp.sum(gradients.gains * gradients.gains)))
+
+
+def squares(model: Model, gradients: Parameters, held: int) -> Array:
+    """The sum of squares of each tensor's block number `held` of those that this rank holds: [number of tensors]."""
+    return model.xp.stack([model.xp.sum(tensor[held] * tensor[held]) for _, tensor in gradients.tensors()])
