@@ -14,4 +14,9 @@ Where to read, top to bottom: `config` (what a model is), `grid` (who owns what)
 `schedules` (the maths and the messages joined), `training`, `cli`.
 """
 
+from . import threads
+
 __version__ = "0.1.0"
+
+# Before anything here loads NumPy: a BLAS reads the number of its threads when it is loaded.
+threads.pin()

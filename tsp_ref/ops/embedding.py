@@ -18,12 +18,12 @@ def embed_forward(xp: Namespace, tokens: Array, table: Array, first: int) -> Arr
     return xp.where(inside[..., None], found, 0.0)
 
 
-def embed_backward(xp: Namespace, dx: Array, tokens: Array, table: Array, first: int, out: Array) -> None:
+def embed_backward(xp: Namespace, dx: Array, tokens: Array, first: int, out: Array) -> None:
     """dx [B, s, h] is added up by token, into `out` [V/G, h].
 
     As a product with a one-hot matrix, because its order of summation is fixed: a scatter-add's is not, on a GPU.
     """
-    hot = one_hot(xp, tokens, first, table.shape[0], dx.dtype)
+    hot = one_hot(xp, tokens, first, out.shape[0], dx.dtype)
     xp.matmul(hot.T, dx.reshape(hot.shape[0], -1), out=out)
 
 

@@ -46,6 +46,11 @@ def add_residual(model: Model, x: Tiles, part: dict[int, Tree[Array]]) -> Tiles:
     return {slot: model.memory.track("activations", x[slot] + part[slot].total) for slot in model.grid.slots}
 
 
+def totals(trees: dict[int, Tree[Array]]) -> Tiles:
+    """The finished sum of every slot."""
+    return {slot: tree.total for slot, tree in trees.items()}
+
+
 def embedding_forward(model: Model, tokens: Tiles, weights: Parameters) -> Tiles:
     """tokens: slot -> [B, s]. Returns slot -> [B, s, h]."""
     config, grid, xp = model.config, model.grid, model.xp
@@ -59,11 +64,11 @@ def embedding_forward(model: Model, tokens: Tiles, weights: Parameters) -> Tiles
 def embedding_backward(model: Model, dx: Tiles, tokens: Tiles, weights: Parameters, gradients: Parameters) -> None:
     """Writes the embedding's gradient; where the head is tied to it, adds to what the head has written."""
     config, grid, xp = model.config, model.grid, model.xp
-    for block, table, out in zip(grid.blocks, weights.embedding, gradients.embedding):
+    for block, out in zip(grid.blocks, gradients.embedding):
         dtable = Tree[Array](range(config.tiles))
         for slot in grid.slots:
-            leaf = model.empty("buffers", *table.shape)
-            embed_backward(xp, dx[slot], tokens[slot], table, block * len(table), out=leaf)
+            leaf = model.empty("buffers", *weights.embedding.shape[1:])
+            embed_backward(xp, dx[slot], tokens[slot], block * len(leaf), out=leaf)
             dtable.add(slot, leaf)
         out[...] = out + dtable.total if config.tied_head else dtable.total
 
@@ -202,11 +207,6 @@ def head_backward(
             dtable.add(slot, leaf)
         out[...] = dtable.total
     return normalise_backward(model, totals(dnormed), saved.x, weights.gains[-1], dgain, -1)
-
-
-def totals(trees: dict[int, Tree[Array]]) -> Tiles:
-    """The finished sum of every slot."""
-    return {slot: tree.total for slot, tree in trees.items()}
 
 
 def gains_backward(model: Model, dgain: Tiles, gradients: Parameters) -> None:

@@ -1,0 +1,147 @@
+"""Real ranks: a communicator over MPI, and what keeps N processes from hanging when one of them fails.
+
+This is the only file that imports mpi4py.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import time
+import traceback
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ..errors import MessageError, UserError
+from .communicator import Communicator, Request
+
+RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
+SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def _first_number(names: tuple[str, ...]) -> int | None:
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), None)
+
+
+def launched() -> bool:
+    """Whether an MPI launcher started this process."""
+    return _first_number(RANK_VARIABLES) is not None
+
+
+def launcher_rank() -> int:
+    """The rank that the launcher gave this process, known without MPI; 0 without a launcher."""
+    return _first_number(RANK_VARIABLES) or 0
+
+
+class MPICommunicator(Communicator):
+    """A communicator over an MPI communicator of its own. Sizes are checked on both sides; MPI carries no dtype, so
+    that is checked on each side, and a float32 message for a float64 array is caught as one of the wrong size."""
+
+    def __init__(self, mpi: Any) -> None:
+        self.mpi = mpi.COMM_WORLD.Dup()
+        super().__init__(self.mpi.Get_rank(), self.mpi.Get_size())
+        self._library = mpi
+        self._status = mpi.Status()
+        node = self.mpi.Split_type(mpi.COMM_TYPE_SHARED)
+        self._crowded = node.Get_size() > _cores()
+        node.Free()
+
+    def _start(self, request: Request) -> None:
+        buffer = [request.array, self._library.BYTE]
+        start = self.mpi.Isend if request.verb == "send" else self.mpi.Irecv
+        try:
+            request.handle = start(buffer, request.peer, int(request.tag))
+        except self._library.Exception as error:
+            raise MessageError(f"{request}: {error}") from None
+
+    def _test(self, request: Request) -> bool:
+        try:
+            if not request.handle.Test(self._status):
+                return False
+        except self._library.Exception as error:
+            raise MessageError(f"{request}: {error}") from None
+        arrived = self._status.Get_count(self._library.BYTE)
+        if request.verb == "receive" and arrived != request.array.nbytes:
+            raise MessageError(f"{request}: the message has {arrived} bytes")
+        return True
+
+    def _pause(self, requests: list[Request], polls: int) -> None:
+        """Wait by testing, not inside MPI: so Ctrl-C is heard, and where ranks outnumber cores, a rank that waits for
+        long sleeps and leaves its core to one that works (a wait inside MPI would spin on it)."""
+        if self._crowded and polls > 20:
+            time.sleep(50e-6)
+
+    def _check_all_received(self) -> None:
+        """Compare what each rank says it sent to this one with what this one received: a check, not a part of the data
+        path, so MPI's own collective will do."""
+        sent = np.array([self.ledger.sums("send", peer=peer) for peer in range(self.size)], dtype=np.int64)
+        promised = np.empty_like(sent)
+        self.mpi.Alltoall(sent, promised)
+        for peer in range(self.size):
+            received = self.ledger.sums("receive", peer=peer)
+            if received != tuple(promised[peer]):
+                raise MessageError(f"rank {self.rank} received {received[0]} messages, {received[1]} bytes from rank "
+                                   f"{peer}, which sent {promised[peer][0]} messages, {promised[peer][1]} bytes")
+
+    def abort(self, code: int) -> None:
+        """End all ranks at once, without waiting for any."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._library.COMM_WORLD.Abort(code)
+
+
+def open_world() -> MPICommunicator:
+    """The communicator of all ranks that the launcher started; from here on an exception on one rank ends the job."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"MPI cannot be loaded ({str(error).splitlines()[0]}): pip install 'tsp_ref[mpi]', or run without "
+                        "mpirun and with --ranks N") from None
+    wanted, found = _first_number(SIZE_VARIABLES), MPI.COMM_WORLD.Get_size()
+    if wanted is not None and wanted != found:
+        vendor = MPI.Get_library_version().strip().split("\n")[0].split(",")[0].strip("\x00 ")
+        raise UserError(f"mpirun started {wanted} ranks, but each finds itself rank 0 of {found}: the launcher is not of "
+                        f"the MPI that Python loads ({vendor}); use the mpirun beside this environment's python")
+    world = MPICommunicator(MPI)
+    sys.excepthook = lambda kind, error, trace: fail(world, error, trace)
+    return world
+
+
+def fail(world: MPICommunicator, error: BaseException, trace: TracebackType | None = None) -> None:
+    """Show one traceback for the whole node, however many ranks fail at once, and end the job."""
+    if isinstance(error, KeyboardInterrupt):
+        if _first_to_fail():
+            print("interrupted", file=sys.stderr)
+        world.abort(130)
+    if not _first_to_fail():
+        time.sleep(5)  # the rank that failed first is about to end this one
+    print(f"rank {world.rank} of {world.size} failed:", file=sys.stderr)
+    traceback.print_exception(type(error), error, trace or error.__traceback__)
+    world.abort(1)
+
+
+_failure_marks: list[socket.socket] = []
+
+
+def _first_to_fail() -> bool:
+    """Whether no other rank of this job on this node failed before: the first to fail takes a name that only one process
+    can hold and that is free again when it ends (Linux's abstract sockets; elsewhere every rank is the first)."""
+    if not sys.platform.startswith("linux"):
+        return True
+    mark = socket.socket(socket.AF_UNIX)
+    try:
+        mark.bind(f"\0tsp_ref failed {os.getppid()}")
+    except OSError:
+        return False
+    _failure_marks.append(mark)
+    return True
+
+
+def _cores() -> int:
+    """The cores that this process may use; a process bound to one core has neighbours on the others."""
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1:
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,384 @@
+"""TSP: tensor and sequence parallelism folded on one axis. Every rank holds 1/N of the weights and 1/N of the tokens.
+
+Weights come to the tokens: attention blocks are broadcast by each owner in turn, MLP and vocabulary blocks go round a
+ring, and each rank applies every block to its own tokens. Only keys and values cross between tokens. Gradients of
+weights go straight home to the blocks' owners. The forward of attention and MLP follows the paper (arXiv 2604.26294, its
+attention algorithm and its ring); the backward, the embedding, the head and the order of every sum are ours.
+
+Read beside `reference.single`: the same functions in the same order; what differs is the messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from ..activations import AttentionSaved, HeadSaved, MlpSaved, Saved
+from ..arrays import Array, Tiles
+from ..comm.communicator import Communicator, Request
+from ..model import Model
+from ..ops.attention import (
+    attend_backward,
+    attend_forward,
+    out_backward,
+    out_backward_weight,
+    out_forward,
+    qkv_backward,
+    qkv_forward,
+)
+from ..ops.embedding import embed_backward, embed_forward
+from ..ops.loss import logits_backward, logits_forward, merge_triples, token_losses
+from ..ops.mlp import swiglu_backward, swiglu_forward
+from ..parameters import Parameters, attention_views, mlp_views
+from ..reference.single import add_residual, normalise, normalise_backward, squares, totals
+from ..tree import Tree, cover
+from .partials import Arrival, Homeward, merge_one, sum_everywhere
+from .tags import Tag
+
+
+def ring(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iterator[tuple[int, Array]]:
+    """Pass every rank's blocks round: yields (owner, its blocks [n, ...]), this rank's own first, then its left
+    neighbour's and so on. The next blocks travel while the caller works on those it was given."""
+    grid = model.grid
+    left, right = (grid.rank - 1) % grid.size, (grid.rank + 1) % grid.size
+    held = shard
+    for step in range(grid.size):
+        owner = (grid.rank - step) % grid.size
+        if step + 1 == grid.size:
+            yield owner, held
+            return
+        coming = model.empty("buffers", len(grid.blocks_of((owner - 1) % grid.size)), *shard.shape[1:])
+        requests = [comm.Irecv(coming, left, tag), comm.Isend(held, right, tag)]
+        yield owner, held
+        # Both: `coming` must be here before it is read, and `held` must have left before it is let go.
+        comm.Waitall(requests)
+        held = coming
+
+
+def broadcasts(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iterator[tuple[int, Array]]:
+    """Every owner in turn sends its blocks to all: yields (owner, its blocks [n, ...]), the same at the same time on
+    every rank. The next owner's blocks travel while the caller works on those it was given."""
+    grid = model.grid
+
+    def start(owner: int) -> tuple[Array, list[Request]]:
+        if owner == grid.rank:
+            return shard, [comm.Isend(shard, peer, tag) for peer in grid.others]
+        coming = model.empty("buffers", len(grid.blocks_of(owner)), *shard.shape[1:])
+        return coming, [comm.Irecv(coming, owner, tag)]
+
+    coming, requests = start(0)
+    for owner in range(grid.size):
+        comm.Waitall(requests)
+        held = coming
+        if owner + 1 < grid.size:
+            coming, requests = start(owner + 1)
+        yield owner, held
+
+
+def exchange_keys_values(comm: Communicator, model: Model, own: Array, tag: Tag) -> Array:
+    """Gather keys and values of the heads at hand over the sequence, in the order of the text.
+
+    own [n, slots, 2, B, K/G, s, e], of n blocks and this rank's slots -> [n, 2, B, K/G, S, e].
+    """
+    grid = model.grid
+    blocks, _, *pair, length, head_dim = own.shape
+    whole = model.empty("buffers", blocks, *pair, grid.num_tiles * length, head_dim)
+    coming = {
+        peer: model.empty("buffers", blocks, len(grid.slots_of(peer)), *pair, length, head_dim) for peer in grid.others
+    }
+    requests = [comm.Irecv(coming[peer], peer, tag) for peer in grid.others]
+    requests += [comm.Isend(own, peer, tag) for peer in grid.others]
+    comm.Waitall(requests)
+    for peer, tiles in ({grid.rank: own} | coming).items():
+        for position, slot in enumerate(grid.slots_of(peer)):
+            whole[:, :, :, :, grid.tokens(slot)] = tiles[:, position]
+    return whole
+
+
+def return_keys_values(comm: Communicator, model: Model, dkv: dict[tuple[int, int], Tree[Array]]) -> None:
+    """Send the gradients of other ranks' keys and values home, and merge into this rank's what the others send.
+
+    dkv: (block, slot) -> a tree over the slots that read this slot's keys, with the leaves of this rank's slots;
+    leaves [2, B, K/G, s, e]. Afterwards the trees of this rank's own slots are complete.
+    """
+    config, grid = model.config, model.grid
+    tile = (2, config.batch_size, config.kv_heads_per_block, config.tile_len, config.head_dim)
+    arrivals, sends = [], []
+    for peer in grid.others:
+        for (_, slot), tree in dkv.items():
+            if slot in grid.slots:
+                for node in cover(tree.leaves, tuple(leaf for leaf in grid.slots_of(peer) if leaf in tree.leaves)):
+                    piece = model.empty("buffers", *tile)
+                    arrivals.append(Arrival(comm.Irecv(piece, peer, Tag.KEYS_VALUES_GRADIENTS), tree, node))
+    for peer in grid.others:
+        for (_, slot), tree in dkv.items():
+            if slot in grid.slots_of(peer):
+                for _, piece in tree.pieces():
+                    # A piece is a slice of one tile out of a longer gradient; a message must be contiguous.
+                    copy = model.empty("buffers", *tile)
+                    copy[...] = piece
+                    sends.append(comm.Isend(copy, peer, Tag.KEYS_VALUES_GRADIENTS))
+    while arrivals:
+        merge_one(comm, arrivals)
+    comm.Waitall(sends)
+
+
+def embedding_forward(comm: Communicator, model: Model, tokens: Tiles, weights: Parameters) -> Tiles:
+    """tokens: slot -> [B, s], of this rank's slots. Returns slot -> [B, s, h]."""
+    config, grid, xp = model.config, model.grid, model.xp
+    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    for owner, tables in ring(comm, model, weights.embedding, Tag.EMBEDDING_WEIGHTS):
+        for block, table in zip(grid.blocks_of(owner), tables):
+            for slot in grid.slots:
+                output[slot].add(block, embed_forward(xp, tokens[slot], table, block * len(table)))
+    return {slot: model.memory.track("activations", output[slot].total) for slot in grid.slots}
+
+
+def embedding_backward(
+    comm: Communicator, model: Model, dx: Tiles, tokens: Tiles, weights: Parameters, gradients: Parameters
+) -> None:
+    """Writes the embedding's gradient; where the head is tied to it, adds to what the head has written.
+
+    The rows themselves are not needed, so nothing circulates: every rank works for each owner in turn, as in the ring.
+    """
+    config, grid, xp = model.config, model.grid, model.xp
+    home = Homeward(comm, model, Tag.EMBEDDING_GRADIENTS)
+    for step in range(grid.size):
+        owner = (grid.rank - step) % grid.size
+        partials = []
+        for block in grid.blocks_of(owner):
+            dtable = Tree[Array](range(config.tiles))
+            for slot in grid.slots:
+                leaf = model.empty("buffers", *weights.embedding.shape[1:])
+                embed_backward(xp, dx[slot], tokens[slot], block * len(leaf), out=leaf)
+                dtable.add(slot, leaf)
+            partials.append(dtable)
+        home.send(partials, owner)
+        home.receive((grid.rank + step) % grid.size)
+    for out, total in zip(gradients.embedding, home.finish()):
+        out[...] = out + total if config.tied_head else total
+
+
+def attention_forward(
+    comm: Communicator, model: Model, x: Tiles, weights: Parameters, layer: int
+) -> tuple[Tiles, AttentionSaved]:
+    """x plus the attention of the normalised x: slot -> [B, s, h].
+
+    Kept keys and values: owner of the heads -> [n, slots, 2, B, K/G, s, e], those of this rank's tokens only.
+    """
+    config, grid, xp, track = model.config, model.grid, model.xp, model.memory.track
+    normed = normalise(model, x, weights.gains[2 * layer])
+    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    saved = AttentionSaved(x)
+    for owner, shard in broadcasts(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS):
+        blocks = grid.blocks_of(owner)
+        own = model.empty("activations", len(blocks), len(grid.slots), 2, config.batch_size,
+                          config.kv_heads_per_block, config.tile_len, config.head_dim)
+        saved.keys_values[owner] = own
+        for held, block in enumerate(blocks):
+            wqkv, _ = attention_views(config, shard[held])
+            for position, slot in enumerate(grid.slots):
+                q, k, v = qkv_forward(xp, normed[slot], wqkv, model.rotary[slot], config.group_size)
+                saved.q[block, slot] = track("activations", q)
+                own[held, position, 0] = k
+                own[held, position, 1] = v
+        keys_values = exchange_keys_values(comm, model, own, Tag.KEYS_VALUES)
+        for held, block in enumerate(blocks):
+            _, wo = attention_views(config, shard[held])
+            for slot in grid.slots:
+                k, v = keys_values[held, :, :, :, : grid.visible(slot)]
+                heads, logsumexp = attend_forward(xp, saved.q[block, slot], k, v, model.mask)
+                output[slot].add(block, out_forward(xp, heads, wo, config.tile_len))
+                saved.heads[block, slot] = track("activations", heads)
+                saved.logsumexp[block, slot] = track("activations", logsumexp)
+    return add_residual(model, x, output), saved
+
+
+def attention_backward(
+    comm: Communicator, model: Model, dy: Tiles, saved: AttentionSaved, weights: Parameters, layer: int,
+    gradients: Parameters, dgain: Tiles
+) -> Tiles:
+    """dy: slot -> [B, s, h]. Returns dx; writes the layer's attention gradients and the tiles' gain gradients.
+
+    Weights, keys and values travel again; gradients of keys and values go home to the tokens' owners before the
+    weights' gradients can be formed, which then go home to the blocks' owner.
+    """
+    config, grid, xp = model.config, model.grid, model.xp
+    gain = weights.gains[2 * layer]
+    normed = normalise(model, saved.x, gain)
+    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    home = Homeward(comm, model, Tag.ATTENTION_GRADIENTS)
+    for owner, shard in broadcasts(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS_BACKWARD):
+        blocks = grid.blocks_of(owner)
+        keys_values = exchange_keys_values(comm, model, saved.keys_values.pop(owner), Tag.KEYS_VALUES_BACKWARD)
+        dq: dict[tuple[int, int], Array] = {}
+        dkv = {(block, slot): Tree[Array](grid.readers(slot)) for block in blocks for slot in range(config.tiles)}
+        for held, block in enumerate(blocks):
+            _, wo = attention_views(config, shard[held])
+            for slot in grid.slots:
+                k, v = keys_values[held, :, :, :, : grid.visible(slot)]
+                heads = saved.heads[block, slot]
+                dheads = out_backward(xp, dy[slot], heads, wo, config.tile_len)
+                dq[block, slot], dkeys = attend_backward(
+                    xp, dheads, saved.q[block, slot], k, v, model.mask, heads, saved.logsumexp[block, slot])
+                for seen in range(config.tiles):
+                    if slot in dkv[block, seen].leaves:
+                        dkv[block, seen].add(slot, dkeys[:, :, :, grid.tokens(seen)])
+        return_keys_values(comm, model, dkv)
+        partials = []
+        for held, block in enumerate(blocks):
+            wqkv, _ = attention_views(config, shard[held])
+            dweights = Tree[Array](range(config.tiles))
+            for slot in grid.slots:
+                leaf = model.empty("buffers", shard[held].size)
+                dwqkv, dwo = attention_views(config, leaf)
+                dk, dv = dkv[block, slot].total
+                dnormed[slot].add(block, qkv_backward(
+                    xp, dq[block, slot], dk, dv, normed[slot], wqkv, model.rotary[slot], out=dwqkv))
+                out_backward_weight(xp, dy[slot], saved.heads[block, slot], out=dwo)
+                dweights.add(slot, leaf)
+            partials.append(dweights)
+        home.send(partials, owner)
+        if owner == grid.rank:
+            for peer in grid.others:
+                home.receive(peer)
+    for out, total in zip(gradients.attention[layer], home.finish()):
+        out[...] = total
+    dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer)
+    return {slot: dy[slot] + dx[slot] for slot in grid.slots}
+
+
+def mlp_forward(
+    comm: Communicator, model: Model, x: Tiles, weights: Parameters, layer: int
+) -> tuple[Tiles, MlpSaved]:
+    """x plus the gated feed-forward part of the normalised x: slot -> [B, s, h]."""
+    config, grid, xp = model.config, model.grid, model.xp
+    normed = normalise(model, x, weights.gains[2 * layer + 1])
+    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    saved = MlpSaved(x)
+    for owner, shard in ring(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS):
+        for block, packed in zip(grid.blocks_of(owner), shard):
+            gate_up, down = mlp_views(config, packed)
+            for slot in grid.slots:
+                y, projected = swiglu_forward(xp, normed[slot], gate_up, down)
+                output[slot].add(block, y)
+                saved.projected[block, slot] = model.memory.track("activations", projected)
+    return add_residual(model, x, output), saved
+
+
+def mlp_backward(
+    comm: Communicator, model: Model, dy: Tiles, saved: MlpSaved, weights: Parameters, layer: int,
+    gradients: Parameters, dgain: Tiles
+) -> Tiles:
+    """dy: slot -> [B, s, h]. Returns dx; writes the layer's MLP gradients and the tiles' gain gradients."""
+    config, grid, xp = model.config, model.grid, model.xp
+    gain = weights.gains[2 * layer + 1]
+    normed = normalise(model, saved.x, gain)
+    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    home = Homeward(comm, model, Tag.MLP_GRADIENTS)
+    for step, (owner, shard) in enumerate(ring(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS_BACKWARD)):
+        partials = []
+        for block, packed in zip(grid.blocks_of(owner), shard):
+            gate_up, down = mlp_views(config, packed)
+            dweights = Tree[Array](range(config.tiles))
+            for slot in grid.slots:
+                leaf = model.empty("buffers", packed.size)
+                projected = saved.projected[block, slot]
+                dnormed[slot].add(block, swiglu_backward(
+                    xp, dy[slot], normed[slot], gate_up, down, projected, out=mlp_views(config, leaf)))
+                dweights.add(slot, leaf)
+            partials.append(dweights)
+        home.send(partials, owner)
+        home.receive((grid.rank + step) % grid.size)
+    for out, total in zip(gradients.mlp[layer], home.finish()):
+        out[...] = total
+    dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer + 1)
+    return {slot: dy[slot] + dx[slot] for slot in grid.slots}
+
+
+def head_forward(
+    comm: Communicator, model: Model, x: Tiles, targets: Tiles, weights: Parameters
+) -> tuple[float, HeadSaved]:
+    """The mean cross-entropy over all tokens, in nats, on every rank. The logits exist for one block at a time."""
+    config, grid, xp = model.config, model.grid, model.xp
+    normed = normalise(model, x, weights.gains[-1])
+    triples = {slot: Tree[Array](range(config.blocks), partial(merge_triples, xp)) for slot in grid.slots}
+    for owner, tables in ring(comm, model, weights.head_table, Tag.HEAD_WEIGHTS):
+        for block, table in zip(grid.blocks_of(owner), tables):
+            for slot in grid.slots:
+                triples[slot].add(block, logits_forward(xp, normed[slot], table, targets[slot], block * len(table)))
+    saved = HeadSaved(x)
+    sums: Tiles = {}
+    for slot in grid.slots:
+        losses, logsumexp = token_losses(xp, triples[slot].total)
+        saved.logsumexp[slot] = model.memory.track("activations", logsumexp)
+        sums[slot] = xp.sum(losses, keepdims=True)
+    loss = sum_everywhere(comm, grid.slots_of, sums, Tag.LOSS)
+    return float(loss[0]) / (config.batch_size * config.seq_len), saved
+
+
+def head_backward(
+    comm: Communicator, model: Model, saved: HeadSaved, targets: Tiles, weights: Parameters, gradients: Parameters,
+    dgain: Tiles
+) -> Tiles:
+    """Returns dx: slot -> [B, s, h]; writes the head's gradient and the tiles' gain gradients."""
+    config, grid, xp = model.config, model.grid, model.xp
+    scale = 1.0 / (config.batch_size * config.seq_len)
+    normed = normalise(model, saved.x, weights.gains[-1])
+    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    home = Homeward(comm, model, Tag.HEAD_GRADIENTS)
+    for step, (owner, tables) in enumerate(ring(comm, model, weights.head_table, Tag.HEAD_WEIGHTS_BACKWARD)):
+        partials = []
+        for block, table in zip(grid.blocks_of(owner), tables):
+            dtable = Tree[Array](range(config.tiles))
+            for slot in grid.slots:
+                leaf = model.empty("buffers", *table.shape)
+                dnormed[slot].add(block, logits_backward(
+                    xp, scale, normed[slot], table, targets[slot], block * len(table), saved.logsumexp[slot], out=leaf))
+                dtable.add(slot, leaf)
+            partials.append(dtable)
+        home.send(partials, owner)
+        home.receive((grid.rank + step) % grid.size)
+    for out, total in zip(gradients.head_table, home.finish()):
+        out[...] = total
+    return normalise_backward(model, totals(dnormed), saved.x, weights.gains[-1], dgain, -1)
+
+
+def gains_backward(comm: Communicator, model: Model, dgain: Tiles, gradients: Parameters) -> None:
+    """Writes the gradient of all gains, which every rank holds: the sum over tiles of slot -> [2L+1, h]."""
+    gradients.gains[...] = sum_everywhere(comm, model.grid.slots_of, dgain, Tag.GAIN_GRADIENTS)
+
+
+def model_forward(
+    comm: Communicator, model: Model, weights: Parameters, tokens: Tiles, targets: Tiles
+) -> tuple[float, Saved]:
+    """The loss of a batch, and what the backward needs. tokens and targets: slot -> [B, s], of this rank's slots."""
+    attention, mlp = [], []
+    x = embedding_forward(comm, model, tokens, weights)
+    for layer in range(model.config.num_layers):
+        x, attention_saved = attention_forward(comm, model, x, weights, layer)
+        x, mlp_saved = mlp_forward(comm, model, x, weights, layer)
+        attention.append(attention_saved)
+        mlp.append(mlp_saved)
+    loss, head_saved = head_forward(comm, model, x, targets, weights)
+    return loss, Saved(tokens, targets, attention, mlp, head_saved)
+
+
+def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Parameters, gradients: Parameters) -> None:
+    """Writes the gradient of the loss, for this rank's blocks, into `gradients`; uses up what was saved."""
+    config = model.config
+    dgain = {slot: model.empty("buffers", *weights.gains.shape) for slot in model.grid.slots}
+    dx = head_backward(comm, model, saved.head, saved.targets, weights, gradients, dgain)
+    for layer in reversed(range(config.num_layers)):
+        dx = mlp_backward(comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
+        dx = attention_backward(comm, model, dx, saved.attention.pop(), weights, layer, gradients, dgain)
+    embedding_backward(comm, model, dx, saved.tokens, weights, gradients)
+    gains_backward(comm, model, dgain, gradients)
+
+
+def gradient_norm(comm: Communicator, model: Model, gradients: Parameters) -> float:
+    """The Euclidean norm of all gradients, the same bits on every rank: squares summed over blocks by the tree."""
+    grid, xp = model.grid, model.xp
+    partials = {block: squares(model, gradients, held) for held, block in enumerate(grid.blocks)}
+    total = sum_everywhere(comm, grid.blocks_of, partials, Tag.GRADIENT_NORM)
+    return float(xp.sqrt(xp.sum(total) + xp.sum(gradients.gains * gradients.gains)))
