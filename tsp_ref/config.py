@@ -130,6 +130,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """`tiny` runs in seconds, `small` is the default, `bench` is for timing, `7b` is the paper's model, for planning only."""
 
+PLANNING_ONLY = ("7b",)
+
 
 def make_config(preset: str = "small", settings: list[str] | None = None, **overrides: Any) -> Config:
     """The preset with `settings` ("field=value" texts) and then `overrides` laid over it."""

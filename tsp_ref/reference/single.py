@@ -22,33 +22,9 @@ from ..ops.attention import (
 from ..ops.embedding import embed_backward, embed_forward
 from ..ops.loss import logits_backward, logits_forward, merge_triples, token_losses
 from ..ops.mlp import swiglu_backward, swiglu_forward
-from ..ops.norm import rmsnorm_backward, rmsnorm_forward
 from ..parameters import Parameters, attention_views, mlp_views
+from ..tilewise import add_residual, normalise, normalise_backward, squares, totals
 from ..tree import Tree
-
-
-def normalise(model: Model, x: Tiles, gain: Array) -> Tiles:
-    """RMSNorm of every tile; the backward computes it anew rather than keep it."""
-    return {slot: rmsnorm_forward(model.xp, x[slot], gain, model.config.norm_eps)[0] for slot in model.grid.slots}
-
-
-def normalise_backward(model: Model, dy: Tiles, x: Tiles, gain: Array, dgain: Tiles, row: int) -> Tiles:
-    """dx; each tile's gradient of the gain goes into row `row` of the tile's dgain [2L+1, h]."""
-    dx: Tiles = {}
-    for slot in model.grid.slots:
-        _, inverse = rmsnorm_forward(model.xp, x[slot], gain, model.config.norm_eps)
-        dx[slot], dgain[slot][row] = rmsnorm_backward(model.xp, dy[slot], x[slot], gain, inverse)
-    return dx
-
-
-def add_residual(model: Model, x: Tiles, part: dict[int, Tree[Array]]) -> Tiles:
-    """x plus the sum over all blocks of a part's output, a new array for each tile."""
-    return {slot: model.memory.track("activations", x[slot] + part[slot].total) for slot in model.grid.slots}
-
-
-def totals(trees: dict[int, Tree[Array]]) -> Tiles:
-    """The finished sum of every slot."""
-    return {slot: tree.total for slot, tree in trees.items()}
 
 
 def embedding_forward(model: Model, tokens: Tiles, weights: Parameters) -> Tiles:
@@ -76,7 +52,7 @@ def embedding_backward(model: Model, dx: Tiles, tokens: Tiles, weights: Paramete
 def attention_forward(model: Model, x: Tiles, weights: Parameters, layer: int) -> tuple[Tiles, AttentionSaved]:
     """x plus the attention of the normalised x: slot -> [B, s, h].
 
-    Kept keys and values: block -> [2, B, K/G, S, e], keys and then values of the whole sequence.
+    Kept packed: block -> [2, B, K/G, S, e], keys and values of the whole sequence.
     """
     config, grid, xp, track = model.config, model.grid, model.xp, model.memory.track
     normed = normalise(model, x, weights.gains[2 * layer])
@@ -86,12 +62,13 @@ def attention_forward(model: Model, x: Tiles, weights: Parameters, layer: int) -
         wqkv, wo = attention_views(config, packed)
         keys_values = model.empty(
             "activations", 2, config.batch_size, config.kv_heads_per_block, config.seq_len, config.head_dim)
-        saved.keys_values[block] = keys_values
+        saved.packed[block] = keys_values
         for slot in grid.slots:
             q, k, v = qkv_forward(xp, normed[slot], wqkv, model.rotary[slot], config.group_size)
             saved.q[block, slot] = track("activations", q)
             keys_values[0, :, :, grid.tokens(slot)] = k
             keys_values[1, :, :, grid.tokens(slot)] = v
+            saved.keys_values[block, slot] = keys_values[:, :, :, grid.tokens(slot)]
         for slot in grid.slots:
             k, v = keys_values[:, :, :, : grid.visible(slot)]
             heads, logsumexp = attend_forward(xp, saved.q[block, slot], k, v, model.mask)
@@ -114,7 +91,7 @@ def attention_backward(
         dq: Tiles = {}
         dkv = {slot: Tree[Array](grid.readers(slot)) for slot in grid.slots}
         for slot in grid.slots:
-            k, v = saved.keys_values[block][:, :, :, : grid.visible(slot)]
+            k, v = saved.packed[block][:, :, :, : grid.visible(slot)]
             heads = saved.heads[block, slot]
             dheads = out_backward(xp, dy[slot], heads, wo, config.tile_len)
             dq[slot], dkeys = attend_backward(
@@ -249,8 +226,3 @@ def gradient_norm(model: Model, gradients: Parameters) -> float:
     for held, block in enumerate(model.grid.blocks):
         tree.add(block, squares(model, gradients, held))
     return float(xp.sqrt(xp.sum(tree.total) + xp.sum(gradients.gains * gradients.gains)))
-
-
-def squares(model: Model, gradients: Parameters, held: int) -> Array:
-    """The sum of squares of each tensor's block number `held` of those that this rank holds: [number of tensors]."""
-    return model.xp.stack([model.xp.sum(tensor[held] * tensor[held]) for _, tensor in gradients.tensors()])

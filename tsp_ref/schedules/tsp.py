@@ -30,7 +30,7 @@ from ..ops.embedding import embed_backward, embed_forward
 from ..ops.loss import logits_backward, logits_forward, merge_triples, token_losses
 from ..ops.mlp import swiglu_backward, swiglu_forward
 from ..parameters import Parameters, attention_views, mlp_views
-from ..reference.single import add_residual, normalise, normalise_backward, squares, totals
+from ..tilewise import add_residual, normalise, normalise_backward, squares, totals
 from ..tree import Tree, cover
 from .partials import Arrival, Homeward, merge_one, sum_everywhere
 from .tags import Tag
@@ -164,7 +164,7 @@ def attention_forward(
 ) -> tuple[Tiles, AttentionSaved]:
     """x plus the attention of the normalised x: slot -> [B, s, h].
 
-    Kept keys and values: owner of the heads -> [n, slots, 2, B, K/G, s, e], those of this rank's tokens only.
+    Kept packed: owner of the heads -> [n, slots, 2, B, K/G, s, e], keys and values of this rank's tokens only.
     """
     config, grid, xp, track = model.config, model.grid, model.xp, model.memory.track
     normed = normalise(model, x, weights.gains[2 * layer])
@@ -174,7 +174,7 @@ def attention_forward(
         blocks = grid.blocks_of(owner)
         own = model.empty("activations", len(blocks), len(grid.slots), 2, config.batch_size,
                           config.kv_heads_per_block, config.tile_len, config.head_dim)
-        saved.keys_values[owner] = own
+        saved.packed[owner] = own
         for held, block in enumerate(blocks):
             wqkv, _ = attention_views(config, shard[held])
             for position, slot in enumerate(grid.slots):
@@ -182,6 +182,7 @@ def attention_forward(
                 saved.q[block, slot] = track("activations", q)
                 own[held, position, 0] = k
                 own[held, position, 1] = v
+                saved.keys_values[block, slot] = own[held, position]
         keys_values = exchange_keys_values(comm, model, own, Tag.KEYS_VALUES)
         for held, block in enumerate(blocks):
             _, wo = attention_views(config, shard[held])
@@ -210,7 +211,7 @@ def attention_backward(
     home = Homeward(comm, model, Tag.ATTENTION_GRADIENTS)
     for owner, shard in broadcasts(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS_BACKWARD):
         blocks = grid.blocks_of(owner)
-        keys_values = exchange_keys_values(comm, model, saved.keys_values.pop(owner), Tag.KEYS_VALUES_BACKWARD)
+        keys_values = exchange_keys_values(comm, model, saved.packed[owner], Tag.KEYS_VALUES_BACKWARD)
         dq: dict[tuple[int, int], Array] = {}
         dkv = {(block, slot): Tree[Array](grid.readers(slot)) for block in blocks for slot in range(config.tiles)}
         for held, block in enumerate(blocks):

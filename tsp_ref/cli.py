@@ -1,0 +1,113 @@
+"""The command line: `tsp-ref`, or `python -m tsp_ref`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from .config import PLANNING_ONLY, PRESETS, Config, make_config
+from .errors import UserError
+from .launch import refuse, start
+from .training.command import TrainOptions, train
+from .training.strategy import SCHEDULES
+from .verify import verify
+
+DESCRIPTION = """\
+A transformer trained under TSP: every rank holds 1/N of the weights and 1/N of the tokens, and computes bit for bit
+what a single process computes.
+
+  mpirun -n 4 python -m tsp_ref train             train on 4 ranks
+  python -m tsp_ref train --ranks 4               the same, as 4 virtual ranks of one process: no MPI needed
+  mpirun -n 4 python -m tsp_ref verify            4 ranks against one process, a verdict for each tensor
+  python -m tsp_ref train --digest --schedule single --preset tiny
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are `UserError`s, because on N ranks only one may print."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing and exiting."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = _parser().parse_args(arguments)
+        return int(options.run(options))
+    except UserError as error:
+        return refuse(error, debug)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="tsp-ref", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_fields())
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | verify")
+    form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _fields()}
+
+    training = commands.add_parser(
+        "train", help="train a byte-level language model", **form,
+        description="Train a byte-level language model on text, and show at the end what each rank held and sent.")
+    training.add_argument("--schedule", default="tsp", metavar="|".join(SCHEDULES),
+                          help="single: the reference, one process; tsp: any number of ranks (default)")
+    training.add_argument("--digest", action="store_true",
+                          help="end with a SHA-256 over the bits of losses, gradients, weights and optimizer state: the "
+                               "same for any number of ranks and both schedules")
+    training.add_argument("--log", metavar="FILE.jsonl", help="append a JSON line for each step")
+    _common(training, preset="small", steps="the preset's")
+    training.set_defaults(run=_train)
+
+    verifying = commands.add_parser(
+        "verify", help="compare N ranks with the single process, bit by bit", **form,
+        description="Train on N ranks and in a single process in the same job, and compare every activation, gradient, "
+                    "weight and moment. Exit code 0 only if every bit agrees.")
+    _common(verifying, preset="tiny", steps="2")
+    verifying.set_defaults(run=_verify)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser, preset: str, steps: str) -> None:
+    parser.add_argument("--preset", default=preset, metavar="|".join(PRESETS), help=f"sizes to begin with ({preset})")
+    parser.add_argument("--steps", type=int, metavar="K", help=f"optimizer steps ({steps})")
+    parser.add_argument("--text", nargs="+", metavar="PATH",
+                        help="files or folders to learn from (the source of Python's standard library)")
+    parser.add_argument("--dtype", metavar="float32|float64", help="of every floating array (float32)")
+    parser.add_argument("--seed", type=int, metavar="I", help="of initial weights and batches (0)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", dest="settings",
+                        help="override any field of the configuration, listed below")
+    parser.add_argument("--ranks", type=int, metavar="N",
+                        help="N virtual ranks in this process instead of mpirun: repeatable, and easy to debug")
+    parser.add_argument("--shuffle", type=int, metavar="SEED",
+                        help="with --ranks: a random order of turns and messages; changes no bit of the result")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of errors in the request, too")
+
+
+def _config(options: argparse.Namespace) -> Config:
+    if options.preset in PLANNING_ONLY:
+        raise UserError(f"preset={options.preset} is only for planning, it is too large to run here: use one of "
+                        f"{', '.join(name for name in PRESETS if name not in PLANNING_ONLY)}")
+    names = ("steps", "dtype", "seed")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return make_config(options.preset, options.settings, **given)
+
+
+def _train(options: argparse.Namespace) -> int:
+    request = TrainOptions(_config(options), options.schedule, options.text, options.digest, options.log)
+    return start(lambda comm: train(comm, request), options.ranks, options.shuffle, options.debug)
+
+
+def _verify(options: argparse.Namespace) -> int:
+    options.steps = 2 if options.steps is None else options.steps
+    config = _config(options)
+    return start(lambda comm: verify(comm, config, options.text), options.ranks, options.shuffle, options.debug)
+
+
+def _fields() -> str:
+    """Every field of the configuration with its default, for --help."""
+    lines = [f"  {item.name:<22}{item.default!s:<10} {item.metadata['meaning']}" for item in dataclasses.fields(Config)]
+    return "fields for --set, with the defaults of the preset small:\n" + "\n".join(lines)

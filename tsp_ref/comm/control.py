@@ -1,0 +1,62 @@
+"""Small agreements between ranks, outside the data path: did everyone start, what shall everyone's exit code be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import TypeVar
+
+import numpy as np
+
+from ..arrays import Array
+from ..errors import UserError
+from .communicator import Communicator
+
+Result = TypeVar("Result")
+
+TEXT_BYTES = 2048
+
+
+class ControlTag(IntEnum):
+    """The purpose of messages that are no part of the model."""
+
+    CONTROL = 100
+
+
+def gather_texts(comm: Communicator, text: str) -> list[str]:
+    """Every rank's text (its first 2048 bytes), in the order of ranks, on every rank."""
+    mine = np.zeros(TEXT_BYTES, dtype=np.uint8)
+    coded = np.frombuffer(text.encode()[:TEXT_BYTES], dtype=np.uint8)
+    mine[: len(coded)] = coded
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in gather(comm, mine)]
+
+
+def gather(comm: Communicator, mine: Array) -> list[Array]:
+    """Every rank's array, of one shape for all, in the order of ranks, on every rank."""
+    rows = [mine if rank == comm.rank else np.empty_like(mine) for rank in range(comm.size)]
+    others = [rank for rank in range(comm.size) if rank != comm.rank]
+    requests = [comm.Irecv(rows[rank], rank, ControlTag.CONTROL) for rank in others]
+    requests += [comm.Isend(mine, rank, ControlTag.CONTROL) for rank in others]
+    comm.Waitall(requests)
+    return rows
+
+
+def agreed(comm: Communicator, prepare: Callable[[], Result]) -> Result:
+    """prepare(), or the same `UserError` on every rank if it failed on any: so that all stop, and none waits."""
+    failure = ""
+    result: Result | None = None
+    try:
+        result = prepare()
+    except UserError as error:
+        failure = str(error)
+    failures = gather_texts(comm, failure)
+    for rank, text in enumerate(failures):
+        if text:
+            raise UserError(text if all(failures) else f"on rank {rank}: {text}")
+    assert result is not None, "prepare must return something"
+    return result
+
+
+def from_root(comm: Communicator, number: int) -> int:
+    """Rank 0's number, on every rank."""
+    return int(gather(comm, np.array([number], dtype=np.int64))[0][0])

@@ -1,0 +1,70 @@
+"""How a program starts on N ranks, and how it ends: once, at once, with one message and one exit code.
+
+`start(main)` calls main(communicator) on every rank: of `mpirun`, of `--ranks N` virtual ranks, or of one process.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+
+from .comm import mpi
+from .comm.communicator import Communicator
+from .comm.virtual import VirtualWorld
+from .errors import UserError
+
+
+def start(
+    main: Callable[[Communicator], int], ranks: int | None = None, shuffle: int | None = None, debug: bool = False
+) -> int:
+    """Run main on all ranks and return the exit code: main's own, 2 for a `UserError`, 130 for Ctrl-C, 1 for a bug.
+
+    ranks    virtual ranks in this process; None: the ranks of mpirun, or one
+    shuffle  seed for a random order of turns and deliveries between virtual ranks
+    debug    show the traceback of a `UserError` too
+    """
+    try:
+        if mpi.launched():
+            if ranks is not None:
+                raise UserError(f"--ranks {ranks} asks for virtual ranks inside one process, and mpirun has started several "
+                                "processes: use one or the other")
+            if shuffle is not None:
+                raise UserError(f"--shuffle {shuffle} orders the messages of virtual ranks: use it with --ranks N, "
+                                "not under mpirun")
+            return _run_real(main, debug)
+        if ranks is not None and not 1 <= ranks <= 1024:
+            raise UserError(f"--ranks {ranks} is not valid: use 1 to 1024")
+        world = VirtualWorld(ranks or 1, shuffle)
+        return max(world.run(lambda comm: _finished(comm, main(comm))))
+    except UserError as error:
+        return refuse(error, debug)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def refuse(error: UserError, debug: bool = False) -> int:
+    """Print a user's error once, on rank 0, and return the exit code 2."""
+    if mpi.launcher_rank() == 0:
+        if debug:
+            traceback.print_exception(error)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _run_real(main: Callable[[Communicator], int], debug: bool) -> int:
+    world = mpi.open_world()
+    try:
+        return _finished(world, main(world))
+    except UserError:
+        raise  # raised on every rank alike: all return, and MPI ends in good order
+    except BaseException as error:
+        # One rank alone must not return: the others would wait for its messages for ever.
+        mpi.fail(world, error)
+        raise
+
+
+def _finished(comm: Communicator, code: int) -> int:
+    comm.finish()
+    return code

@@ -1,0 +1,50 @@
+"""Where output goes: rank 0 speaks, and knows a terminal even behind mpirun, which gives every rank a pipe."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+LAUNCHERS = ("mpiexec", "mpirun", "prterun", "orterun", "hydra")
+
+
+def console_for(rank: int) -> Console:
+    """A console that prints on rank 0 and is silent elsewhere."""
+    if rank != 0:
+        return Console(quiet=True)
+    terminal = _launcher_terminal()
+    if terminal is None:
+        console = Console()
+        # Without a terminal there is no width to respect; 80 columns would break the tables.
+        return console if console.is_terminal else Console(width=120)
+    return Console(force_terminal=True, width=_width(terminal))
+
+
+def _launcher_terminal() -> str | None:
+    """The terminal that mpirun writes to, if it started this process and writes to one (Linux only)."""
+    try:
+        pid = os.getppid()
+        while pid > 1:
+            name, parent = _name_and_parent(pid)
+            target = os.readlink(f"/proc/{pid}/fd/1")
+            if name.startswith(LAUNCHERS) and target.startswith(("/dev/pts/", "/dev/tty")):
+                return target
+            pid = parent
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _name_and_parent(pid: int) -> tuple[str, int]:
+    name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+    return name, int(rest.split()[1])
+
+
+def _width(terminal: str) -> int:
+    descriptor = os.open(terminal, os.O_RDONLY | os.O_NOCTTY)
+    try:
+        return os.get_terminal_size(descriptor).columns
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,38 @@
+"""What a rank does to its own tiles and blocks without any message: the same in the reference and in every schedule."""
+
+from __future__ import annotations
+
+from .arrays import Array, Tiles
+from .model import Model
+from .ops.norm import rmsnorm_backward, rmsnorm_forward
+from .parameters import Parameters
+from .tree import Tree
+
+
+def normalise(model: Model, x: Tiles, gain: Array) -> Tiles:
+    """RMSNorm of every tile; the backward computes it anew rather than keep it."""
+    return {slot: rmsnorm_forward(model.xp, x[slot], gain, model.config.norm_eps)[0] for slot in model.grid.slots}
+
+
+def normalise_backward(model: Model, dy: Tiles, x: Tiles, gain: Array, dgain: Tiles, row: int) -> Tiles:
+    """dx; each tile's gradient of the gain goes into row `row` of the tile's dgain [2L+1, h]."""
+    dx: Tiles = {}
+    for slot in model.grid.slots:
+        _, inverse = rmsnorm_forward(model.xp, x[slot], gain, model.config.norm_eps)
+        dx[slot], dgain[slot][row] = rmsnorm_backward(model.xp, dy[slot], x[slot], gain, inverse)
+    return dx
+
+
+def add_residual(model: Model, x: Tiles, part: dict[int, Tree[Array]]) -> Tiles:
+    """x plus the sum over all blocks of a part's output, a new array for each tile."""
+    return {slot: model.memory.track("activations", x[slot] + part[slot].total) for slot in model.grid.slots}
+
+
+def totals(trees: dict[int, Tree[Array]]) -> Tiles:
+    """The finished sum of every slot."""
+    return {slot: tree.total for slot, tree in trees.items()}
+
+
+def squares(model: Model, gradients: Parameters, held: int) -> Array:
+    """The sum of squares of each tensor's block number `held` of those that this rank holds: [number of tensors]."""
+    return model.xp.stack([model.xp.sum(tensor[held] * tensor[held]) for _, tensor in gradients.tensors()])

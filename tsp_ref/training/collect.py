@@ -1,0 +1,59 @@
+"""Bringing what is dealt out over the ranks to rank 0, one block at a time: nothing is ever gathered whole."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Iterator
+
+from ..arrays import Array
+from ..comm.communicator import Communicator
+from ..model import Model
+from ..parameters import Parameters
+from ..schedules.tags import Tag
+from .loop import Training
+
+
+def stream(
+    comm: Communicator, model: Model, owner: int, shape: tuple[int, ...], mine: Callable[[], Array]
+) -> Array | None:
+    """An array of one owner, on rank 0; None on all other ranks. `mine` is asked on the owner only."""
+    if comm.rank == owner:
+        array = mine()
+        if owner == 0:
+            return array
+        comm.Wait(comm.Isend(model.xp.ascontiguousarray(array), 0, Tag.COLLECT))
+    elif comm.rank == 0:
+        array = model.empty("buffers", *shape)
+        comm.Wait(comm.Irecv(array, owner, Tag.COLLECT))
+        return array
+    return None
+
+
+def owner_of(ranges: Callable[[int], range], size: int, index: int) -> int:
+    """The rank whose range holds an index."""
+    return next(rank for rank in range(size) if index in ranges(rank))
+
+
+def stream_blocks(comm: Communicator, model: Model, parameters: Parameters) -> Iterator[tuple[str, int, Array]]:
+    """(tensor, block, its array) in the canonical order, on rank 0; nothing on the others, which must iterate too."""
+    for name, tensor in parameters.tensors():
+        for block in range(model.config.blocks):
+            owner = owner_of(model.grid.blocks_of, comm.size, block)
+            held = block - model.grid.blocks.start
+            array = stream(comm, model, owner, tensor.shape[1:], lambda tensor=tensor, held=held: tensor[held])
+            if array is not None:
+                yield name, block, array
+    if comm.rank == 0:
+        yield "gains", 0, parameters.gains
+
+
+def digest(training: Training) -> str:
+    """SHA-256 over the bits of all losses, the last gradients, all weights and both moments; on rank 0, "" elsewhere."""
+    sha = hashlib.sha256()
+    sha.update(struct.pack(f"<{len(training.losses)}d", *training.losses))
+    optimizer = training.optimizer
+    for parameters in (training.gradients, training.weights, optimizer.first, optimizer.second):
+        for _, _, array in stream_blocks(training.comm, training.model, parameters):
+            sha.update(array.tobytes())
+    return sha.hexdigest() if training.comm.rank == 0 else ""

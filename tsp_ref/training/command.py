@@ -1,0 +1,130 @@
+"""The command `train`: the loop with its display, its log and its digest."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .. import threads
+from ..comm.communicator import Communicator
+from ..comm.control import agreed, gather_texts
+from ..config import Config
+from ..errors import UserError
+from ..terminal import console_for
+from .collect import digest
+from .data import Text, load_text
+from .holdings import holdings_table, size
+from .loop import StepReport, Training
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What the command line asks of `train`."""
+
+    config: Config
+    schedule: str = "tsp"
+    text: list[str] | None = None
+    digest: bool = False
+    log: str | None = None
+
+
+def train(comm: Communicator, options: TrainOptions) -> int:
+    """Train, and report on rank 0. Returns the exit code."""
+    training, log = agreed(comm, lambda: _prepare(comm, options))
+    _require_same_text(comm, training.text)
+    console = console_for(comm.rank)
+    _greet(console, training, options)
+    with log or contextlib.nullcontext():
+        _run_steps(console, training, log)
+        validation = training.validate()
+        console.print(f"validation loss {validation:.4f} on held-out text; training loss "
+                      f"{training.losses[0]:.4f} -> {training.losses[-2]:.4f}")
+        _write(log, {"validation_loss": validation})
+        console.print(holdings_table(training))
+        if options.digest:
+            text = digest(training)
+            _write(log, {"digest": text})
+            console.print(f"digest sha256:{text}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _prepare(comm: Communicator, options: TrainOptions) -> tuple[Training, IO[str] | None]:
+    """All that can be refused, before the first message of the model."""
+    if options.digest:
+        threads.require_one("--digest")
+    options.config.require_ranks(comm.size)
+    text = load_text(options.text, options.config)
+    training = Training(options.config, comm, options.schedule, text, np)
+    return training, _open_log(options) if comm.rank == 0 else None
+
+
+def _open_log(options: TrainOptions) -> IO[str] | None:
+    """Opened to append: a log that is there already is never lost."""
+    if options.log is None:
+        return None
+    try:
+        log = open(options.log, "a", encoding="utf-8")  # noqa: SIM115  (closed by the caller's with)
+    except OSError as error:
+        raise UserError(f"--log {options.log} cannot be written: {error.strerror}") from None
+    _write(log, {"start": dataclasses.asdict(options.config), "schedule": options.schedule})
+    return log
+
+
+def _require_same_text(comm: Communicator, text: Text) -> None:
+    prints = gather_texts(comm, text.fingerprint)
+    for rank, fingerprint in enumerate(prints):
+        if fingerprint != prints[0]:
+            raise UserError(f"rank {rank} read another text than rank 0 from {text.source}: give all machines the same "
+                            "files with --text")
+
+
+def _greet(console: Console, training: Training, options: TrainOptions) -> None:
+    config, comm = training.config, training.comm
+    ranks = "1 rank" if comm.size == 1 else f"{comm.size} ranks"
+    console.print(f"{options.schedule} on {ranks}: {config.num_parameters:,} parameters in {config.dtype}, "
+                  f"{config.batch_size} sequences of {config.seq_len} bytes a step, {config.blocks} weight blocks, "
+                  f"{config.tiles} token tiles")
+    console.print(f"text: {training.text.source}, {len(training.text.training):,} bytes to learn, "
+                  f"{len(training.text.validation):,} held out", highlight=False)
+
+
+def _run_steps(console: Console, training: Training, log: IO[str] | None) -> None:
+    """A live bar on a terminal; elsewhere about twenty plain lines."""
+    config = training.config
+    progress = Progress(
+        TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn(),
+        console=console, disable=not console.is_terminal or console.quiet)
+    every = max(1, config.steps // 20)
+    with progress:
+        task = progress.add_task("train", total=config.steps, line="")
+        for _ in range(config.steps):
+            begin = time.perf_counter()
+            report = training.step()
+            seconds = time.perf_counter() - begin
+            line = _line(training, report, seconds)
+            progress.update(task, advance=1, line=line)
+            if not console.is_terminal and (report.step % every == 0 or report.step + 1 == config.steps):
+                console.print(f"step {report.step + 1:>4}/{config.steps}  {line}", highlight=False)
+            _write(log, dataclasses.asdict(report) | {"seconds": seconds})
+
+
+def _line(training: Training, report: StepReport, seconds: float) -> str:
+    tokens = training.config.batch_size * training.config.seq_len
+    held = training.model.memory.held
+    state = sum(held[kind] for kind in ("weights", "gradients", "optimizer"))
+    return (f"loss {report.loss:.4f}  norm {report.norm:.2f}  {tokens / seconds:,.0f} tokens/s  "
+            f"this rank holds {size(state)}")
+
+
+def _write(log: IO[str] | None, record: dict[str, object]) -> None:
+    if log is not None:
+        log.write(json.dumps(record) + "\n")
+        log.flush()

@@ -1,0 +1,93 @@
+"""Text as bytes: found, read, split and cut into batches, the same on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..arrays import Array, Tiles
+from ..config import Config
+from ..errors import UserError
+from ..model import Model
+
+TRAINING, VALIDATION = 0, 1
+NOT_SOURCE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text in two parts. A token is a byte; both parts are uint8."""
+
+    training: Array
+    validation: Array
+    source: str
+
+    @property
+    def fingerprint(self) -> str:
+        """The same on two ranks only if they have read the same text."""
+        return hashlib.sha256(self.training.tobytes() + b"|" + self.validation.tobytes()).hexdigest()
+
+
+def load_text(paths: list[str] | None, config: Config) -> Text:
+    """The text of files and of all files in folders, or of Python's standard library; its last twentieth is held out."""
+    if config.vocab_size < 256:
+        raise UserError(f"vocab_size={config.vocab_size} is too small to train on bytes: use 256 or more")
+    if paths:
+        files = [file for path in paths for file in _files(Path(path))]
+        source = ", ".join(paths)
+    else:
+        files, source = _standard_library(), "the source of Python's standard library"
+    text = np.frombuffer(b"".join(_read(file) for file in files), dtype=np.uint8)
+    needed = config.seq_len + 1
+    held_out = max(len(text) // 20, needed)
+    if len(text) < 2 * needed:
+        raise UserError(f"--text {source} holds {len(text)} bytes: a sequence of seq_len={config.seq_len} needs at least "
+                        f"{2 * needed}, half of them held out; give more text or lower seq_len")
+    return Text(text[:-held_out], text[-held_out:], source)
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+    raise UserError(f"--text {path} is neither a file nor a folder: give paths that exist, or leave --text out")
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _standard_library() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    return sorted(file for file in root.rglob("*.py") if not NOT_SOURCE.intersection(file.relative_to(root).parts))
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"--text {file} cannot be read: {error.strerror}") from None
+
+
+def batch(model: Model, text: Text, part: int, number: int) -> tuple[Tiles, Tiles]:
+    """This rank's tokens and targets of batch `number` of a part: slot -> [B, s] each.
+
+    Where the sequences begin is drawn from (seed, part, number), alike on every rank; each cuts out only its own slots.
+    """
+    config, grid = model.config, model.grid
+    source = text.training if part == TRAINING else text.validation
+    generator = np.random.default_rng([config.seed, part, number])
+    starts = generator.integers(0, len(source) - config.seq_len, size=config.batch_size)
+
+    def cut(slot: int, shift: int) -> Array:
+        tokens = grid.tokens(slot)
+        rows = [source[start + tokens.start + shift : start + tokens.stop + shift] for start in starts]
+        return model.xp.asarray(np.stack(rows).astype(np.int64))
+
+    # The target of a token is the token after it.
+    return {slot: cut(slot, 0) for slot in grid.slots}, {slot: cut(slot, 1) for slot in grid.slots}

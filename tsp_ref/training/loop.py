@@ -1,0 +1,77 @@
+"""Training: one optimizer step after another, on whatever strategy it is given."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..activations import Saved
+from ..arrays import Namespace
+from ..comm.communicator import Communicator
+from ..config import Config
+from ..errors import UserError
+from ..model import Model
+from ..parameters import empty_parameters, initial_parameters
+from .data import TRAINING, VALIDATION, Text, batch
+from .optimizer import AdamW, clip_factor, learning_rate
+from .strategy import choose_strategy
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did. loss in nats per token; norm before clipping."""
+
+    step: int
+    loss: float
+    norm: float
+    learning_rate: float
+
+
+class Training:
+    """The state of a run on one rank: weights, gradients, optimizer, all losses so far."""
+
+    def __init__(self, config: Config, comm: Communicator, schedule: str, text: Text, xp: Namespace) -> None:
+        self.config = config
+        self.comm = comm
+        self.text = text
+        self.model = Model(config, xp, comm.rank, comm.size)
+        self.strategy = choose_strategy(schedule, comm, self.model)
+        self.weights = initial_parameters(self.model)
+        self.gradients = empty_parameters(self.model, "gradients")
+        self.optimizer = AdamW(self.model)
+        self.losses: list[float] = []
+        self.steps_done = 0
+
+    def forward(self) -> tuple[float, Saved]:
+        """The forward of the next batch; a loss that is not a number ends the run on every rank alike."""
+        tokens, targets = batch(self.model, self.text, TRAINING, self.steps_done)
+        loss, saved = self.strategy.forward(self.weights, tokens, targets)
+        if not math.isfinite(loss):
+            raise UserError(f"loss={loss} at step {self.steps_done} is not finite: lower learning_rate (now "
+                            f"{self.config.learning_rate:g}), or raise warmup_steps (now {self.config.warmup_steps})")
+        self.losses.append(loss)
+        return loss, saved
+
+    def update(self) -> float:
+        """Clip, and let the optimizer take its step; the gradients' norm before clipping."""
+        norm = self.strategy.gradient_norm(self.gradients)
+        self.optimizer.update(self.weights, self.gradients, self.steps_done, clip_factor(self.config, norm))
+        self.steps_done += 1
+        return norm
+
+    def step(self) -> StepReport:
+        """Forward, backward, update."""
+        number = self.steps_done
+        loss, saved = self.forward()
+        self.strategy.backward(saved, self.weights, self.gradients)
+        norm = self.update()
+        return StepReport(number, loss, norm, learning_rate(self.config, number))
+
+    def validate(self) -> float:
+        """The mean loss over the held-out batches."""
+        total = 0.0
+        for number in range(self.config.validation_batches):
+            tokens, targets = batch(self.model, self.text, VALIDATION, number)
+            total += self.strategy.forward(self.weights, tokens, targets)[0]
+        self.losses.append(total / self.config.validation_batches)
+        return self.losses[-1]

@@ -1,0 +1,70 @@
+"""AdamW on the blocks that a rank owns, with warm-up, cosine decay and clipping. Elementwise, so no bit depends on N."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ..arrays import Array
+from ..config import Config
+from ..model import Model
+from ..parameters import Parameters, empty_parameters
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up to the peak, then half a cosine down to the minimum at the last step. Steps count from 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    fall = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return config.min_learning_rate + fall * (config.learning_rate - config.min_learning_rate)
+
+
+def clip_factor(config: Config, norm: float) -> float:
+    """What to scale all gradients by, so that their global norm is at most clip_norm."""
+    return 1.0 if config.clip_norm == 0 or norm <= config.clip_norm else config.clip_norm / norm
+
+
+class AdamW:
+    """Adam with decoupled weight decay: matrices are decayed, gains are not."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.first = empty_parameters(model, "optimizer")
+        self.second = empty_parameters(model, "optimizer")
+
+    def update(self, weights: Parameters, gradients: Parameters, step: int, factor: float) -> None:
+        """Change the weights in place by one step with `factor` times the gradients, which are left as they are."""
+        config = self.model.config
+        everything = [_blocks(part) for part in (weights, gradients, self.first, self.second)]
+        for (weight, decay), (gradient, _), (first, _), (second, _) in zip(*everything):
+            self._update_block(weight, gradient, first, second, step, factor, config.weight_decay if decay else 0.0)
+
+    def _update_block(
+        self, weight: Array, gradient: Array, first: Array, second: Array, step: int, factor: float, decay: float
+    ) -> None:
+        config, xp = self.model.config, self.model.xp
+        rate = learning_rate(config, step)
+        scaled = gradient * factor
+        change = xp.empty_like(scaled)
+        first *= config.beta1
+        first += xp.multiply(scaled, 1.0 - config.beta1, out=change)
+        second *= config.beta2
+        scaled *= scaled
+        second += xp.multiply(scaled, 1.0 - config.beta2, out=change)
+        # weight -= rate · (m̂ / (sqrt(v̂) + eps) + decay · weight), with both moments' start from zero corrected.
+        xp.multiply(second, 1.0 / (1.0 - config.beta2 ** (step + 1)), out=scaled)
+        xp.sqrt(scaled, out=scaled)
+        scaled += config.adam_eps
+        xp.divide(first, scaled, out=change)
+        change *= rate / (1.0 - config.beta1 ** (step + 1))
+        weight *= 1.0 - rate * decay
+        weight -= change
+
+
+def _blocks(parameters: Parameters) -> Iterator[tuple[Array, bool]]:
+    """Each block of each tensor, and the gains, with whether it is decayed: block by block, which fits the cache."""
+    for _, tensor in parameters.tensors():
+        for block in tensor:
+            yield block, True
+    yield parameters.gains, False

@@ -1,0 +1,154 @@
+"""The command `verify`: N ranks against the single process in the same job, bit by bit, one verdict for each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from rich.console import Console
+
+from . import threads
+from .activations import Saved
+from .arrays import Array
+from .comm.communicator import Communicator
+from .comm.control import agreed, from_root
+from .comm.virtual import VirtualWorld
+from .config import Config
+from .parameters import Parameters, named_views
+from .terminal import console_for
+from .training.collect import owner_of, stream, stream_blocks
+from .training.data import load_text
+from .training.loop import Training
+
+
+@dataclass
+class Verdict:
+    """What is known of one named tensor: how many of its pieces were compared, and the first that differed."""
+
+    pieces: int = 0
+    different: int = 0
+    first: str = ""
+
+
+@dataclass
+class Judge:
+    """Compares bits on rank 0, and keeps a verdict for each name."""
+
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+
+    def compare(self, name: str, piece: str, found: Array, wanted: Array) -> None:
+        """One piece of the tensor `name`: equal only if dtype, shape and every bit are."""
+        verdict = self.verdicts.setdefault(name, Verdict())
+        verdict.pieces += 1
+        same_form = found.dtype == wanted.dtype and found.shape == wanted.shape
+        if same_form and found.tobytes() == wanted.tobytes():
+            return
+        verdict.different += 1
+        if not verdict.first:
+            gap = f"by up to {np.max(np.abs(found - wanted)):.3g}" if same_form else "in shape or dtype"
+            verdict.first = f"first in {piece}, {gap}"
+
+    def report(self, console: Console, ranks: int, steps: int) -> bool:
+        """Print a line for each tensor and a closing one. Whether all agree."""
+        for name, verdict in self.verdicts.items():
+            if verdict.different:
+                console.print(f"[red]DIFFERS[/]  {name}  {verdict.different} of {verdict.pieces} pieces, {verdict.first}",
+                              highlight=False)
+            else:
+                console.print(f"[green]equal[/]    {name}  {verdict.pieces} pieces", highlight=False)
+        wrong = sum(verdict.different > 0 for verdict in self.verdicts.values())
+        over = f"{len(self.verdicts)} tensors, {ranks} ranks against one process, {steps} steps"
+        closing = f"[red]NOT EQUAL[/]: {wrong} of {over}" if wrong else f"[green]EQUAL[/], every bit: {over}"
+        console.print(closing, highlight=False)
+        return wrong == 0
+
+
+def verify(comm: Communicator, config: Config, text_paths: list[str] | None = None) -> int:
+    """Run `config.steps` training steps both ways and compare everything. 0 if every bit agrees, else 1."""
+
+    def prepare() -> Training:
+        threads.require_one("verify")
+        config.require_ranks(comm.size)
+        return Training(config, comm, "tsp", load_text(text_paths, config), np)
+
+    run = agreed(comm, prepare)
+    # Rank 0 holds a whole second model to compare with; the run itself stays sharded.
+    reference = Training(config, VirtualWorld(1).communicators[0], "single", run.text, np) if comm.rank == 0 else None
+    console, judge = console_for(comm.rank), Judge()
+    for step in range(config.steps):
+        console.print(f"step {step + 1}/{config.steps}", highlight=False)
+        compare_step(judge, run, reference)
+    equal = judge.report(console, comm.size, config.steps)
+    return 1 - from_root(comm, int(equal))
+
+
+def compare_step(judge: Judge, run: Training, reference: Training | None) -> None:
+    """One step of both, compared after the forward, after the backward and after the update."""
+    step = f"step {run.steps_done + 1}"
+    loss, saved = run.forward()
+    reference_loss, reference_saved = reference.forward() if reference else (0.0, None)
+    if reference:
+        judge.compare("loss", step, np.array(loss), np.array(reference_loss))
+    compare_activations(judge, run, saved, reference_saved, step)
+    run.strategy.backward(saved, run.weights, run.gradients)
+    if reference and reference_saved:
+        reference.strategy.backward(reference_saved, reference.weights, reference.gradients)
+    compare_parameters(judge, "gradient of ", run, run.gradients, reference and reference.gradients, step)
+    norm = run.update()
+    if reference:
+        judge.compare("gradient norm", step, np.array(norm), np.array(reference.update()))
+    optimizer, other = run.optimizer, reference and reference.optimizer
+    compare_parameters(judge, "updated ", run, run.weights, reference and reference.weights, step)
+    compare_parameters(judge, "first moment of ", run, optimizer.first, other and other.first, step)
+    compare_parameters(judge, "second moment of ", run, optimizer.second, other and other.second, step)
+
+
+def compare_parameters(
+    judge: Judge, prefix: str, run: Training, found: Parameters, wanted: Parameters | None, step: str
+) -> None:
+    """Every matrix of every block."""
+    wanted_tensors = dict(wanted.tensors()) if wanted else {}
+    for name, block, array in stream_blocks(run.comm, run.model, found):
+        if wanted is None:
+            continue
+        if name == "gains":
+            judge.compare(prefix + name, step, array, wanted.gains)
+            continue
+        pairs = zip(named_views(run.config, name, array).items(),
+                    named_views(run.config, name, wanted_tensors[name][block]).values())
+        for (matrix, one), other in pairs:
+            full = name if matrix == "table" else f"{name}.{matrix}"
+            judge.compare(prefix + full, f"{step}, block {block}", one, other)
+
+
+def compare_activations(judge: Judge, run: Training, found: Saved, wanted: Saved | None, step: str) -> None:
+    """Everything that the forward keeps, tile by tile."""
+    config = run.config
+    slots = list(range(config.tiles))
+    pairs = [(block, slot) for block in range(config.blocks) for slot in slots]
+    attention_kept = (("x", slots), ("q", pairs), ("keys_values", pairs), ("heads", pairs), ("logsumexp", pairs))
+    for layer in range(config.num_layers):
+        for part, kept in (("attention", attention_kept), ("mlp", (("x", slots), ("projected", pairs)))):
+            for name, keys in kept:
+                mine = getattr(getattr(found, part)[layer], name)
+                other = getattr(getattr(wanted, part)[layer], name) if wanted else {}
+                compare_tiles(judge, f"layers.{layer}.{part}.{name}", run, keys, mine, other, step)
+    for name in ("x", "logsumexp"):
+        other = getattr(wanted.head, name) if wanted else {}
+        compare_tiles(judge, f"head.{name}", run, slots, getattr(found.head, name), other, step)
+
+
+def compare_tiles(
+    judge: Judge, name: str, run: Training, keys: Iterable[Hashable], found: dict[Hashable, Array],
+    wanted: dict[Hashable, Array], step: str
+) -> None:
+    """An array for each slot, or for each block and slot, streamed to rank 0 by the slot's owner."""
+    for key in keys:
+        slot = key[1] if isinstance(key, tuple) else key
+        owner = owner_of(run.model.grid.slots_of, run.comm.size, slot)
+        shape = wanted[key].shape if wanted else ()
+        array = stream(run.comm, run.model, owner, shape, lambda key=key: found[key])
+        if array is not None and wanted:
+            where = f"block {key[0]}, slot {key[1]}" if isinstance(key, tuple) else f"slot {key}"
+            judge.compare(name, f"{step}, {where}", array, wanted[key])
