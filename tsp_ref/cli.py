@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from .comm.mpi import launcher_rank
 from .config import PLANNING_ONLY, PRESETS, Config, make_config
 from .errors import UserError
 from .launch import refuse, start
@@ -27,11 +28,16 @@ what a single process computes.
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are `UserError`s, because on N ranks only one may print."""
+    """On N ranks only one may print: errors are raised, and only rank 0 prints the help."""
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing and exiting."""
         raise UserError(f"{message}; see {self.prog} --help")
+
+    def print_help(self, file: Any = None) -> None:
+        """Print on rank 0 only."""
+        if launcher_rank() == 0:
+            super().print_help(file)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from types import TracebackType
 from typing import Any
 
@@ -96,7 +97,8 @@ class MPICommunicator(Communicator):
 def open_world() -> MPICommunicator:
     """The communicator of all ranks that the launcher started; from here on an exception on one rank ends the job."""
     try:
-        from mpi4py import MPI
+        with warnings.catch_warnings(action="ignore"):  # of a mismatched launcher, which is refused below
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(f"MPI cannot be loaded ({str(error).splitlines()[0]}): pip install 'tsp_ref[mpi]', or run without "
                         "mpirun and with --ranks N") from None

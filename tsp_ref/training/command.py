@@ -103,7 +103,8 @@ def _run_steps(console: Console, training: Training, log: IO[str] | None) -> Non
         TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn(),
         console=console, disable=not console.is_terminal or console.quiet)
     every = max(1, config.steps // 20)
-    with progress:
+    # Overflow shows in the loss, where it ends the run with one line; NumPy would warn on every rank besides.
+    with progress, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         task = progress.add_task("train", total=config.steps, line="")
         for _ in range(config.steps):
             begin = time.perf_counter()

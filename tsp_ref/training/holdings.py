@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..comm.control import gather
@@ -13,6 +14,11 @@ from .loop import Training
 def model_state_bytes(config: Config) -> int:
     """Weights, gradients and both moments of a whole model: what one process holds between steps."""
     return 4 * config.num_parameters * np.dtype(config.dtype).itemsize
+
+
+def gain_bytes(config: Config) -> int:
+    """The part of the model state that every rank holds whole: the gains of the norms, and what belongs to them."""
+    return 4 * (2 * config.num_layers + 1) * config.hidden_size * np.dtype(config.dtype).itemsize
 
 
 def activation_bytes(config: Config) -> int:
@@ -42,17 +48,20 @@ def holdings_table(training: Training) -> Table:
     messages, sent = training.comm.ledger.sums("send")
     mine = np.array([memory.peak["weights"], memory.peak["gradients"], memory.peak["optimizer"],
                      memory.model_state_peak, memory.peak["activations"], memory.peak["buffers"], messages, sent])
-    one_state, one_activations = model_state_bytes(config), activation_bytes(config)
-    table = Table(title="What each rank held at its peak, and sent", title_justify="left")
-    for heading in ("rank", "weights", "gradients", "optimizer", "these three", "of one process", "activations",
-                    "of one process", "buffers", "messages", "sent"):
-        table.add_column(heading, justify="right")
+    one_state, one_activations, gains = model_state_bytes(config), activation_bytes(config), gain_bytes(config)
+    table = Table(title="What each rank held at its peak, and sent", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    for heading in ("rank", "weights", "grads", "AdamW", "all three", "share", "activations", "share", "buffers",
+                    "messages", "sent"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for rank, row in enumerate(gather(training.comm, mine)):
         weights, gradients, optimizer, state, activations, buffers, count, volume = (int(value) for value in row)
         table.add_row(str(rank), size(weights), size(gradients), size(optimizer), size(state),
-                      f"1/{one_state / state:.2f}", size(activations), f"1/{one_activations / activations:.2f}",
-                      size(buffers), str(count), size(volume))
+                      f"1/{(one_state - gains) / (state - gains):.2f}", size(activations), f"1/{one_activations / activations:.2f}",
+                      size(buffers), f"{count:,}", size(volume))
     table.add_section()
-    table.add_row("one process", size(one_state / 4), size(one_state / 4), size(one_state / 2), size(one_state), "",
-                  size(one_activations), "", "", "", "")
+    table.add_row("alone", size(one_state / 4), size(one_state / 4), size(one_state / 2), size(one_state), "1",
+                  size(one_activations), "1", "", "", "")
+    table.caption = (f"share: of what one process holds alone; the norms' gains, {size(gains)} with their gradients and "
+                     "moments, are on every rank and left out of it")
+    table.caption_justify = "left"
     return table

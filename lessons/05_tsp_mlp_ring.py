@@ -1,0 +1,426 @@
+"""The TSP MLP ring: weights go round, and meet every rank's tokens.
+
+Objective: after this lesson you can write the ring yourself, forward and backward, and say from the number of ranks
+alone what it sends and what it holds.
+
+    mpirun -n 4 python lessons/05_tsp_mlp_ring.py
+    python lessons/05_tsp_mlp_ring.py --ranks 4 --shuffle 7
+
+Look at: the table of who holds which blocks at which step (every rank meets every block once); the bytes, which follow
+from a formula; the two buffers, which are all that a ring needs besides a rank's own blocks; and the output, which has
+the bits of a single process, although every rank met the blocks in another order.
+
+Try it, with 4 ranks: in `ring`, send `shard` instead of `held` to the right, as if a rank only had to give away what it
+owns. No size is wrong and nothing hangs, but the check that rank r holds the blocks of rank r - s after s steps fails,
+and with it those of bits, of closeness and of slopes. Try it with 2 ranks, too: all checks hold. Why?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TypeAlias
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from stage import Lesson, run
+
+from tsp_ref.arrays import Array, Tiles
+from tsp_ref.comm.communicator import Communicator, Request
+from tsp_ref.comm.control import gather
+from tsp_ref.config import make_config
+from tsp_ref.grid import Grid
+from tsp_ref.model import Model
+from tsp_ref.ops.mlp import swiglu_backward, swiglu_forward
+from tsp_ref.parameters import Parameters, empty_parameters, initial_parameters, mlp_views, named_views
+from tsp_ref.reference import single
+from tsp_ref.tilewise import add_residual, normalise, normalise_backward, totals
+from tsp_ref.tree import Tree, cover
+
+CONFIG = make_config("tiny", num_layers=1, ffn_size=256)
+BLOCK_SIZE = 3 * CONFIG.hidden_size * CONFIG.ffn_size // CONFIG.blocks
+BLOCK_BYTES = BLOCK_SIZE * np.dtype(CONFIG.dtype).itemsize
+TOLERANCE = 1e-5
+
+Kept: TypeAlias = dict[tuple[int, int], Array]
+"""(block, slot) -> [B*s, 2f/G]"""
+
+
+class Tag(IntEnum):
+    """What the messages of this lesson are about."""
+
+    WEIGHTS = 1
+    WEIGHTS_BACKWARD = 2
+    GRADIENTS = 3
+
+
+@dataclass
+class Turn:
+    """What a rank noted at each step of its turn of the ring, when its first product began.
+
+    held    which of the layer's blocks it held, one bit for each, recognised by their bytes
+    posted  how many receives it had posted so far
+    """
+
+    held: list[int] = field(default_factory=list)
+    posted: list[int] = field(default_factory=list)
+
+
+def tiles(grid: Grid, purpose: int) -> Tiles:
+    """Random tiles [B, s, h], drawn by slot, so that all ranks agree and none draws a tile that it does not own."""
+    shape = (CONFIG.batch_size, CONFIG.tile_len, CONFIG.hidden_size)
+    return {
+        slot: np.random.default_rng([purpose, slot]).standard_normal(shape, dtype=CONFIG.dtype) for slot in grid.slots
+    }
+
+
+def layer_weights(model: Model) -> Parameters:
+    """The initial weights, the MLP's eight times as large: its part of the output is then as large as the input's."""
+    weights = initial_parameters(model)
+    weights.mlp[0] *= 8
+    return weights
+
+
+@dataclass
+class Judge:
+    """One process that owns everything, on every rank: what the ring is compared with. The ring never reads it."""
+
+    model: Model
+    weights: Parameters
+    output: Tiles
+    gradient: Array  # [G, size of a packed block]
+    dx: Tiles
+
+    def recognise(self, held: Array) -> int:
+        """Which of the layer's blocks these are, by their bytes: bit number b is set for block b."""
+        whole = [block.tobytes() for block in self.weights.mlp[0]]
+        return sum(1 << whole.index(block.tobytes()) for block in held)
+
+
+def judge() -> Judge:
+    """`reference.single` on the whole layer, forward and backward."""
+    model = Model(CONFIG, np)
+    weights, gradients = layer_weights(model), empty_parameters(model, "gradients")
+    dgain = {slot: model.empty("buffers", *weights.gains.shape) for slot in model.grid.slots}
+    output, saved = single.mlp_forward(model, tiles(model.grid, 1), weights, 0)
+    dx = single.mlp_backward(model, tiles(model.grid, 2), saved, weights, 0, gradients, dgain)
+    return Judge(model, weights, output, gradients.mlp[0], dx)
+
+
+# The ring.
+
+
+def ring(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iterator[tuple[int, Array]]:
+    """One turn: yields (owner, its blocks), this rank's own first, then those of its left neighbour, and so on."""
+    grid = model.grid
+    left, right = (grid.rank - 1) % grid.size, (grid.rank + 1) % grid.size
+    held, spare = shard, two_buffers(model)
+    for step in range(grid.size):
+        owner = (grid.rank - step) % grid.size
+        if step + 1 == grid.size:
+            yield owner, held
+            return
+        # The next blocks, which the left neighbour has now, travel while the caller multiplies these.
+        coming = spare[step % 2][: len(grid.blocks_of((owner - 1) % grid.size))]
+        requests = [comm.Irecv(coming, left, tag), comm.Isend(held, right, tag)]
+        yield owner, held
+        # Both must be done: `coming` is read next, and the buffer that `held` lies in is filled anew.
+        comm.Waitall(requests)
+        held = coming
+
+
+def two_buffers(model: Model) -> list[Array]:
+    """Room for what is in flight: one buffer fills while the other is read and passed on. Each is as large as the
+    largest shard, because ranks may own uneven numbers of blocks. Two ranks need one buffer, one rank none."""
+    grid = model.grid
+    most = max(len(grid.blocks_of(rank)) for rank in range(grid.size))
+    return [model.empty("buffers", most, BLOCK_SIZE) for _ in range(min(2, grid.size - 1))]
+
+
+def ring_forward(
+    comm: Communicator, model: Model, x: Tiles, weights: Parameters, turn: Turn, truth: Judge
+) -> tuple[Tiles, Kept]:
+    """x plus the MLP of the normalised x, for this rank's slots; and, kept for the backward, x gate and x up."""
+    grid, normed = model.grid, normalise(model, x, weights.gains[1])
+    output = {slot: Tree[Array](range(CONFIG.blocks)) for slot in grid.slots}
+    projected: Kept = {}
+    for owner, held in ring(comm, model, weights.mlp[0], Tag.WEIGHTS):
+        turn.held.append(truth.recognise(held))
+        turn.posted.append(comm.ledger.sums("receive", "WEIGHTS")[0])
+        for block, packed in zip(grid.blocks_of(owner), held):
+            gate_up, down = mlp_views(CONFIG, packed)  # -> [h, 2*f/G], [f/G, h]
+            for slot in grid.slots:
+                y, kept = swiglu_forward(np, normed[slot], gate_up, down)  # -> [B, s, h], [B*s, 2*f/G]
+                projected[block, slot] = kept
+                # Blocks come in another order on every rank; the tree over the block index makes that immaterial.
+                output[slot].add(block, y)
+    return add_residual(model, x, output), projected
+
+
+@dataclass
+class Arrival:
+    """A piece of the gradient of one of this rank's blocks, on its way here, and its node in that block's tree."""
+
+    request: Request
+    tree: Tree[Array]
+    node: tuple[int, int]
+
+
+def ring_backward(
+    comm: Communicator, model: Model, dy: Tiles, x: Tiles, weights: Parameters, projected: Kept
+) -> tuple[Tiles, list[Array]]:
+    """dx for this rank's slots, and the whole gradient of each of this rank's blocks."""
+    grid, normed = model.grid, normalise(model, x, weights.gains[1])
+    dnormed = {slot: Tree[Array](range(CONFIG.blocks)) for slot in grid.slots}
+    own: list[Tree[Array]] = []
+    arrivals: list[Arrival] = []
+    leaving: list[Request] = []
+    for step, (owner, held) in enumerate(ring(comm, model, weights.mlp[0], Tag.WEIGHTS_BACKWARD)):
+        partials = block_gradients(model, dy, normed, held, grid.blocks_of(owner), dnormed, projected)
+        if step == 0:
+            own = partials
+            continue
+        # The pieces of the step before have travelled under these products.
+        merge(comm, arrivals, leaving)
+        # Gradients do not go round: straight home to the owner, as those of this rank's blocks come from the rank that
+        # is `step` to the right, which has just multiplied them.
+        arrivals = expect(comm, grid, own, (grid.rank + step) % grid.size)
+        leaving = [comm.Isend(piece, owner, Tag.GRADIENTS) for tree in partials for _, piece in tree.pieces()]
+    merge(comm, arrivals, leaving)
+    dgain = {slot: model.empty("buffers", *weights.gains.shape) for slot in grid.slots}
+    dx = normalise_backward(model, totals(dnormed), x, weights.gains[1], dgain, 1)
+    return {slot: dy[slot] + dx[slot] for slot in grid.slots}, [tree.total for tree in own]
+
+
+def block_gradients(
+    model: Model, dy: Tiles, normed: Tiles, held: Array, blocks: range, dnormed: dict[int, Tree[Array]], projected: Kept
+) -> list[Tree[Array]]:
+    """For each block at hand a sum over tiles: its gradient, as far as this rank's tokens make it."""
+    partials = []
+    for block, packed in zip(blocks, held):
+        gate_up, down = mlp_views(CONFIG, packed)  # -> [h, 2*f/G], [f/G, h]
+        dweights = Tree[Array](range(CONFIG.tiles))
+        for slot in model.grid.slots:
+            leaf = np.empty_like(packed)
+            dnormed[slot].add(block, swiglu_backward(
+                np, dy[slot], normed[slot], gate_up, down, projected[block, slot], out=mlp_views(CONFIG, leaf)))
+            dweights.add(slot, leaf)
+        partials.append(dweights)
+    return partials
+
+
+def expect(comm: Communicator, grid: Grid, own: list[Tree[Array]], peer: int) -> list[Arrival]:
+    """Post a receive for each piece that a peer will send. Which they are follows from the slots that it owns."""
+    nodes = cover(tuple(range(CONFIG.tiles)), tuple(grid.slots_of(peer)))
+    return [
+        Arrival(comm.Irecv(np.empty(BLOCK_SIZE, dtype=CONFIG.dtype), peer, Tag.GRADIENTS), tree, node)
+        for tree in own
+        for node in nodes
+    ]
+
+
+def merge(comm: Communicator, arrivals: list[Arrival], leaving: list[Request]) -> None:
+    """Put each piece into its tree as it comes in, whichever comes first; then see this rank's own pieces off."""
+    while arrivals:
+        arrival = arrivals.pop(comm.Waitany([arrival.request for arrival in arrivals]))
+        level, index = arrival.node
+        arrival.tree.add(index, arrival.request.array, level)
+    comm.Waitall(leaving)
+
+
+# The independent calculations that the checks compare with.
+
+
+def in_order(grid: Grid, parts: Tiles) -> Array:
+    """Tiles as one array in the order of the text, in float64, zeros where no tile is given."""
+    whole = np.zeros((CONFIG.batch_size, CONFIG.seq_len, CONFIG.hidden_size), dtype=np.float64)
+    for slot, part in parts.items():
+        whole[:, grid.tokens(slot)] = part
+    return whole  # [B, S, h]
+
+
+def plain_inputs(truth: Judge) -> tuple[Array, Array, Array]:
+    """x, the packed weights of all blocks and dy as whole arrays, in float64."""
+    grid = truth.model.grid
+    return in_order(grid, tiles(grid, 1)), truth.weights.mlp[0].astype(np.float64), in_order(grid, tiles(grid, 2))
+
+
+def plain_mlp(x: Array, packed: Array, gain: Array) -> Array:
+    """The whole-array formula in float64, without blocks or tiles: x + (silu(n gate) * (n up)) down."""
+    blocks = [named_views(CONFIG, "mlp", block) for block in packed]
+    gate = np.concatenate([block["gate"] for block in blocks], axis=1)  # -> [h, f]
+    up = np.concatenate([block["up"] for block in blocks], axis=1)  # -> [h, f]
+    down = np.concatenate([block["down"] for block in blocks], axis=0)  # -> [f, h]
+    normed = x / np.sqrt((x * x).mean(-1, keepdims=True) + CONFIG.norm_eps) * gain
+    gate, up = normed @ gate, normed @ up  # -> [B, S, f], [B, S, f]
+    return x + (gate / (1 + np.exp(-gate)) * up) @ down  # -> [B, S, h]
+
+
+def slope(x: Array, packed: Array, gain: Array, dy: Array, dx: Array, dpacked: Array) -> float:
+    """The central difference of <dy, plain_mlp> in the direction (dx, dpacked)."""
+    reach = 1e-4
+    ahead = plain_mlp(x + reach * dx, packed + reach * dpacked, gain)
+    behind = plain_mlp(x - reach * dx, packed - reach * dpacked, gain)
+    return float(np.sum(dy * (ahead - behind)) / (2 * reach))
+
+
+def subtrees(part: range) -> int:
+    """How many whole subtrees a range of leaves falls into, from the alignment of its ends."""
+    count, start = 0, part.start
+    while start < part.stop:
+        length = 1
+        while start % (2 * length) == 0 and start + 2 * length <= part.stop:
+            length *= 2
+        start, count = start + length, count + 1
+    return count
+
+
+def relative_gap(found: Array, wanted: Array) -> float:
+    """The largest difference, relative to the largest value."""
+    return float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)))
+
+
+# The lesson.
+
+
+def names(blocks: range | list[int]) -> str:
+    """Consecutive numbers as `2-4`, others one by one."""
+    listed = list(blocks)
+    if len(listed) > 1 and listed == list(range(listed[0], listed[-1] + 1)):
+        return f"{listed[0]}-{listed[-1]}"
+    return ",".join(map(str, listed))
+
+
+def show_owners(lesson: Lesson, grid: Grid) -> None:
+    """Part 1."""
+    lesson.part("Who owns what")
+    lesson.say(f"One MLP layer, h={CONFIG.hidden_size} and f={CONFIG.ffn_size}, is cut in G={CONFIG.blocks} packed "
+               f"blocks {{gate, up, down}} of {BLOCK_BYTES:,} bytes.\nEach sequence of {CONFIG.seq_len} tokens is cut in "
+               f"T={CONFIG.tiles} tiles. The number of ranks decides only who owns them:")
+    lesson.say_from_all(f"owns blocks {names(grid.blocks)} and the tokens of slots {names(grid.slots)}")
+    if grid.size == 1:
+        lesson.say("One rank has no neighbour: its ring is one step, without a message. Run it on more ranks, too.")
+
+
+def show_turn(lesson: Lesson, grid: Grid, turn: Turn) -> None:
+    """Part 2: the blocks that each rank held at each step, as it recognised them."""
+    lesson.part("A turn of the ring")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for heading in ("blocks held by", *(f"step {step}" for step in range(grid.size))):
+        table.add_column(heading, no_wrap=True)
+    for rank, row in enumerate(gather(lesson.comm, np.array(turn.held, dtype=np.int64))):
+        cells = [names([block for block in range(CONFIG.blocks) if mask >> block & 1]) for mask in row.tolist()]
+        table.add_row(f"rank {rank}", *cells)
+    lesson.say(table)
+    lesson.say("Along a row: a rank meets every block once. Along a diagonal: a shard moves one rank on at each step.")
+    steps = range(grid.size)
+    expected = [sum(1 << block for block in grid.blocks_of((grid.rank - step) % grid.size)) for step in steps]
+    lesson.check("after s steps rank r holds the blocks of rank r - s, byte for byte", turn.held == expected)
+    lesson.check("at each step the next blocks' receive was posted before the first product",
+                 turn.posted == [min(step + 1, grid.size - 1) for step in steps])
+
+
+def show_bytes(lesson: Lesson, grid: Grid) -> None:
+    """Part 3: what the forward sent."""
+    lesson.part("Bytes")
+    lesson.say("At each of N-1 steps rank r passes on what it holds: its own blocks, then those of r-1, r-2, ...\n"
+               "The blocks of rank r+1 it never sends, for with it they end their way. So it sends all blocks of\n"
+               "the layer but its right neighbour's, and receives all but its own: with even shards, (N-1)/N of it.")
+    messages, sent = lesson.comm.ledger.sums("send", "WEIGHTS")
+    _, received = lesson.comm.ledger.sums("receive", "WEIGHTS")
+    lesson.say_from_all(f"sent {messages} messages, {sent:,} bytes; received {received:,} bytes")
+    neighbour = len(grid.blocks_of((grid.rank + 1) % grid.size))
+    lesson.check("messages sent = N - 1", messages == grid.size - 1)
+    lesson.check("bytes sent = (G - blocks of rank r+1) x bytes of a block",
+                 sent == (CONFIG.blocks - neighbour) * BLOCK_BYTES)
+    lesson.check("bytes received = (G - blocks of rank r) x bytes of a block",
+                 received == (CONFIG.blocks - len(grid.blocks)) * BLOCK_BYTES)
+
+
+def show_memory(lesson: Lesson, grid: Grid, own: int, in_flight: int) -> None:
+    """Part 4: what the forward held of the layer's weights at its peak, in bytes."""
+    lesson.part("Memory")
+    lesson.say(f"The layer's weights are {CONFIG.blocks * BLOCK_BYTES:,} bytes. Held of them at the peak, own blocks "
+               "and those in flight:")
+    lesson.say_from_all(f"{own:,} + {in_flight:,} = {own + in_flight:,} bytes")
+    largest = max(len(grid.blocks_of(rank)) for rank in range(grid.size)) * BLOCK_BYTES
+    lesson.check("never more than a rank's own shard and two shards in flight", in_flight <= 2 * largest)
+    lesson.check("in flight = min(2, N - 1) x bytes of the largest shard", in_flight == min(2, grid.size - 1) * largest)
+
+
+def show_output(lesson: Lesson, output: Tiles, truth: Judge) -> None:
+    """Part 5: bits and closeness of the forward."""
+    lesson.part("The output")
+    x, weights, _ = plain_inputs(truth)
+    plain = plain_mlp(x, weights, truth.weights.gains[1])
+    gap = max(relative_gap(tile, plain[:, truth.model.grid.tokens(slot)]) for slot, tile in output.items())
+    lesson.say("No message carries an output: after a turn every rank's own tokens are complete. Largest distance\n"
+               "from the whole-array formula in float64, relative to the largest value:")
+    lesson.say_from_all(f"{gap:.1e}")
+    same = all(tile.tobytes() == truth.output[slot].tobytes() for slot, tile in output.items())
+    lesson.check("every bit of this rank's tokens equals the single process's", same)
+    lesson.check(f"and the whole-array formula agrees within {TOLERANCE:g}", gap < TOLERANCE)
+
+
+def show_backward(lesson: Lesson, grid: Grid) -> None:
+    """Part 6: what the backward sent."""
+    lesson.part("Backward: weights go round again, gradients go straight home")
+    lesson.say("Each rank's tokens make a part of every block's gradient, summed in a tree over the tiles. The few\n"
+               "whole subtrees that a rank's slots fill go to the block's owner, who merges them as they come in.")
+    pieces, away = subtrees(grid.slots), CONFIG.blocks - len(grid.blocks)
+    messages, sent = lesson.comm.ledger.sums("send", "GRADIENTS")
+    filled = "1 subtree" if pieces == 1 else f"{pieces} subtrees"
+    lesson.say_from_all(f"slots {names(grid.slots)} fill {filled}: sent {messages} pieces, {sent:,} bytes")
+    lesson.say("With one subtree a rank, all gradients together cost what a turn of the weights costs; with more, more.")
+    lesson.check("gradient bytes sent = subtrees of this rank's slots x blocks of other ranks x bytes of a block",
+                 sent == pieces * away * BLOCK_BYTES)
+    lesson.check("the weights' second turn sends what the first did",
+                 lesson.comm.ledger.sums("send", "WEIGHTS_BACKWARD") == lesson.comm.ledger.sums("send", "WEIGHTS"))
+
+
+def show_gradients(lesson: Lesson, grid: Grid, dx: Tiles, gradient: Array, truth: Judge) -> None:
+    """Part 7: bits of the gradients, and slopes of the plain formula."""
+    lesson.part("The gradients")
+    x, weights, dy = plain_inputs(truth)
+    mine = slice(grid.blocks.start, grid.blocks.stop)
+    along_weights, along_x = np.zeros_like(weights), in_order(grid, tiles(grid, 4))
+    along_weights[mine] = np.random.default_rng([3, grid.rank]).standard_normal(gradient.shape)
+    gain = truth.weights.gains[1]
+    measured = slope(x, weights, gain, dy, 0 * x, along_weights), slope(x, weights, gain, dy, along_x, 0 * weights)
+    whole_dx = in_order(grid, dx)
+    found = float(np.sum(along_weights[mine] * gradient)), float(np.sum(along_x * whole_dx))
+    lesson.say("Slopes in a random direction, of each rank's own weights and of its own tokens: by the gradients,\n"
+               "and by a central difference of the whole-array formula.")
+    lesson.say_from_all(
+        f"weights {found[0]:+.4f} and {measured[0]:+.4f}, tokens {found[1]:+.4f} and {measured[1]:+.4f}")
+    lesson.check("every bit of the gradient of this rank's blocks equals the single process's",
+                 gradient.tobytes() == truth.gradient[mine].tobytes())
+    lesson.check("every bit of dx of this rank's tokens equals the single process's",
+                 all(tile.tobytes() == truth.dx[slot].tobytes() for slot, tile in dx.items()))
+    # A direction of standard normals meets a gradient with about its norm: the scale that an error is seen on.
+    norms = np.linalg.norm(gradient), np.linalg.norm(whole_dx)
+    lesson.check("and the slopes agree within 1e-4 of the gradient's norm",
+                 all(abs(f - m) < 1e-4 * norm for f, m, norm in zip(found, measured, norms)))
+
+
+def main(lesson: Lesson) -> None:
+    """The lesson, part by part."""
+    comm, model, truth = lesson.comm, Model(CONFIG, np, lesson.rank, lesson.size), judge()
+    weights, turn = layer_weights(model), Turn()
+    x, dy = tiles(model.grid, 1), tiles(model.grid, 2)
+    show_owners(lesson, model.grid)
+    output, projected = ring_forward(comm, model, x, weights, turn, truth)
+    in_flight = model.memory.peak["buffers"]
+    show_turn(lesson, model.grid, turn)
+    show_bytes(lesson, model.grid)
+    show_memory(lesson, model.grid, weights.mlp[0].nbytes, in_flight)
+    show_output(lesson, output, truth)
+    dx, gradient = ring_backward(comm, model, dy, x, weights, projected)
+    show_backward(lesson, model.grid)
+    show_gradients(lesson, model.grid, dx, np.stack(gradient), truth)
+
+
+if __name__ == "__main__":
+    run(__doc__, main)

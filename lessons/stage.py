@@ -1,0 +1,96 @@
+"""What every lesson stands on: its options, its voice on rank 0, and its checks, which all ranks must pass."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from rich.console import Console, RenderableType
+from rich.rule import Rule
+
+from tsp_ref.comm.communicator import Communicator
+from tsp_ref.comm.control import gather
+from tsp_ref.comm.mpi import launcher_rank
+from tsp_ref.launch import start
+from tsp_ref.terminal import console_for
+
+
+@dataclass
+class Lesson:
+    """A lesson on one rank.
+
+    comm     the communicator, of `mpirun -n N` or of `--ranks N`
+    console  prints on rank 0, silent elsewhere
+    """
+
+    comm: Communicator
+    console: Console
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def rank(self) -> int:
+        """This rank's number."""
+        return self.comm.rank
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.comm.size
+
+    def part(self, title: str) -> None:
+        """Begin a part."""
+        self.console.print(Rule(title, align="left", style="cyan"))
+
+    def say(self, text: RenderableType = "") -> None:
+        """Tell the reader something, once."""
+        self.console.print(text, highlight=False)
+
+    def say_from_all(self, text: str) -> None:
+        """One line from each rank, in the order of ranks, printed by rank 0. Every rank must call it."""
+        coded = np.zeros(256, dtype=np.uint8)
+        line = np.frombuffer(text.encode()[:256], dtype=np.uint8)
+        coded[: len(line)] = line
+        for rank, row in enumerate(gather(self.comm, coded)):
+            self.say(f"  rank {rank}: {row.tobytes().rstrip(bytes(1)).decode()}")
+
+    def check(self, statement: str, holds: bool) -> None:
+        """A statement that must hold on every rank. Every rank must call it; a failure makes the lesson exit with 1."""
+        verdicts = [bool(row[0]) for row in gather(self.comm, np.array([holds], dtype=np.int64))]
+        if all(verdicts):
+            self.say(f"  [green]holds[/]  {statement}")
+            return
+        wrong = ", ".join(str(rank) for rank, verdict in enumerate(verdicts) if not verdict)
+        self.say(f"  [red]FAILS[/]  {statement} (on rank {wrong})")
+        self.failures.append(statement)
+
+    def end(self) -> int:
+        """The last line, and the exit code."""
+        if self.failures:
+            self.say(f"[red]This lesson fails:[/] {len(self.failures)} of its checks do not hold.")
+            return 1
+        self.say("[green]This lesson's checks all hold.[/]")
+        return 0
+
+
+def run(description: str, main: Callable[[Lesson], None]) -> None:
+    """Run a lesson on the ranks of mpirun, or on `--ranks N` virtual ranks, and exit with its verdict.
+
+    description  the lesson's docstring: its first line is the title, all of it is shown by --help
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, metavar="N", help="N virtual ranks in this process instead of mpirun")
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="with --ranks: a random order of turns and messages")
+    if launcher_rank() != 0 and {"-h", "--help"}.intersection(sys.argv):
+        sys.exit(0)
+    options = parser.parse_args()
+
+    def teach(comm: Communicator) -> int:
+        lesson = Lesson(comm, console_for(comm.rank))
+        lesson.say(f"[bold]{description.strip().splitlines()[0]}[/]  ({comm.size} ranks)")
+        main(lesson)
+        return lesson.end()
+
+    sys.exit(start(teach, options.ranks, options.shuffle))

@@ -1,0 +1,146 @@
+"""Runs tests that take a `comm` on N real ranks.
+
+Such a test is collected once for each N (1, 2, 3, 4, 8, or those that `@pytest.mark.ranks` names). All tests of one N run
+in one job, started when the first of them is due. A test that fails, or hangs, ends its job and is blamed; another job runs
+the rest. The run ends by saying how many tests ran at which N.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import launcher
+import pytest
+
+SIZES = (1, 2, 3, 4, 8)
+LIMIT = 120.0  # seconds for one test, after which it hangs
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "ranks(*sizes): the numbers of ranks that an MPI test runs at")
+    config.stash[JOBS] = Jobs()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for name in ("comm", "n"):
+        if name in metafunc.fixturenames:
+            marker = metafunc.definition.get_closest_marker("ranks")
+            metafunc.parametrize(name, marker.args if marker else SIZES, ids=lambda size: f"n{size}")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    for item in session.items:
+        if _size(item, "comm") is not None:
+            session.config.stash[JOBS].add(item)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if _size(pyfuncitem, "comm") is None:
+        return None
+    failure = pyfuncitem.config.stash[JOBS].failure_of(pyfuncitem)
+    if failure is not None:
+        pytest.fail(failure, pytrace=False)
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    size = _size(item, "comm") or _size(item, "n")
+    if size is not None and report.when == "call":
+        item.config.stash[JOBS].outcomes[size, report.outcome] += 1
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    outcomes = config.stash[JOBS].outcomes
+    terminalreporter.section("MPI tests: what ran at which number of ranks")
+    if not outcomes:
+        terminalreporter.line("none were selected")
+        return
+    terminalreporter.line(f"on {launcher.vendor()}")
+    for size in sorted({size for size, _ in outcomes}):
+        counts = ", ".join(f"{count} {outcome}" for (n, outcome), count in sorted(outcomes.items()) if n == size)
+        terminalreporter.line(f"n={size}: {counts}")
+
+
+def _size(item: pytest.Item, name: str) -> int | None:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get(name) if callspec else None
+
+
+class Jobs:
+    """The tests of each N, and their failures once their job has run."""
+
+    def __init__(self) -> None:
+        self.tests: dict[int, list[dict[str, Any]]] = {}
+        self.failures: dict[int, dict[str, str | None]] = {}
+        self.outcomes: Counter[tuple[int, str]] = Counter()
+
+    def add(self, item: pytest.Function) -> None:
+        """Note a test for the job of its N."""
+        parameters = {name: value for name, value in item.callspec.params.items() if name != "comm"}
+        tests = self.tests.setdefault(item.callspec.params["comm"], [])
+        tests.append({"id": item.nodeid, "number": len(tests), "module": item.module.__name__,
+                      "function": item.originalname, "parameters": parameters})
+
+    def failure_of(self, item: pytest.Function) -> str | None:
+        """None if the test passed on all ranks. Runs the whole job of its N at the first question."""
+        size = item.callspec.params["comm"]
+        if size not in self.failures:
+            self.failures[size] = run_tests(size, self.tests[size])
+        return self.failures[size][item.nodeid]
+
+
+def run_tests(size: int, tests: list[dict[str, Any]]) -> dict[str, str | None]:
+    """The failure, or None, of each test: one job after another until every test has run."""
+    failures: dict[str, str | None] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        while tests:
+            passed, failure = run_job(size, tests, Path(folder))
+            failures.update({test["id"]: None for test in tests[:passed]})
+            if passed < len(tests):
+                failures[tests[passed]["id"]] = failure
+            tests = tests[passed + 1 :]
+    return failures
+
+
+def run_job(size: int, tests: list[dict[str, Any]], folder: Path) -> tuple[int, str]:
+    """How many tests passed, in order, before the job ended; and what the next one, if any, failed with."""
+    job_file = folder / "job.json"
+    job_file.write_text(json.dumps({"results": str(folder), "tests": tests}))
+    job = launcher.begin(size, str(launcher.ROOT / "mpi_tests" / "worker.py"), str(job_file))
+    passed, since, hung = 0, time.monotonic(), False
+    try:
+        while job.poll() is None and not hung:
+            time.sleep(0.02)
+            now = _count_passed(tests, folder)
+            if now > passed:
+                passed, since = now, time.monotonic()
+            hung = time.monotonic() - since > LIMIT
+    finally:
+        if job.poll() is None:
+            launcher.end(job)
+    ended = launcher.collect(job)
+    passed = _count_passed(tests, folder)
+    if passed == len(tests):
+        assert ended.code == 0, f"all tests passed, but the job of n={size} ended with {ended.code}\n{ended.errors}"
+        return passed, ""
+    traces = [f"rank {file.suffix[5:]} of {size}:\n{file.read_text()}"
+              for file in sorted(folder.glob(f"{tests[passed]['number']}.rank*"))]
+    how = f"no end after {LIMIT:.0f} s" if hung else f"the job ended with {ended.code}"
+    return passed, "\n".join(traces) or f"n={size}: {how}\n{ended.output}\n{ended.errors}"
+
+
+def _count_passed(tests: list[dict[str, Any]], folder: Path) -> int:
+    return next((index for index, test in enumerate(tests) if not (folder / f"{test['number']}.passed").exists()),
+                len(tests))
+
+
+JOBS = pytest.StashKey[Jobs]()

@@ -1,0 +1,184 @@
+"""What the tests of both folders share: configurations, batches, and a model's parts bound to their context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from tsp_ref.arrays import Array, Tiles
+from tsp_ref.comm.communicator import Communicator
+from tsp_ref.comm.virtual import VirtualWorld
+from tsp_ref.config import Config, make_config
+from tsp_ref.model import Model
+from tsp_ref.parameters import Parameters, empty_parameters, initial_parameters, named_views
+from tsp_ref.reference import single
+from tsp_ref.training.data import Text
+from tsp_ref.training.loop import Training
+
+SMALL = dict(num_layers=2, hidden_size=32, ffn_size=48, seq_len=32)
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": dict(SMALL, num_heads=8),
+    "grouped-query": dict(SMALL, hidden_size=64, num_heads=16, num_kv_heads=8),
+    "tied head": dict(SMALL, num_heads=8, tied_head=True, batch_size=1),
+    "nine blocks, eleven tiles": dict(num_layers=1, hidden_size=36, num_heads=18, num_kv_heads=9, ffn_size=45, seq_len=33,
+                                      vocab_size=261, blocks=9, tiles=11, batch_size=3),
+}
+"""Nine blocks and eleven tiles divide by no N but 1 and 3: every N owns unevenly, and tiles' trees have odd leaves."""
+
+
+def case_config(case: str, dtype: str, **overrides: Any) -> Config:
+    """A configuration that runs in milliseconds."""
+    return make_config("tiny", **{**CASES[case], "dtype": dtype, "steps": 5, "warmup_steps": 2, **overrides})
+
+
+def random_text(seed: int = 0) -> Text:
+    """Random bytes: any loss above chance on them would be a mistake, and no two batches are alike."""
+    bytes_ = np.random.default_rng(seed).integers(0, 256, size=6000, dtype=np.uint8)
+    return Text(bytes_[:5000], bytes_[5000:], "random bytes")
+
+
+def random_batch(config: Config, seed: int = 1) -> tuple[Array, Array]:
+    """Whole tokens and targets, [B, S] each."""
+    both = np.random.default_rng(seed).integers(0, config.vocab_size, size=(2, config.batch_size, config.seq_len))
+    return both[0], both[1]
+
+
+def cut(model: Model, whole: Array) -> Tiles:
+    """A whole [B, S, ...] as this rank's tiles."""
+    return {slot: np.ascontiguousarray(whole[:, model.grid.tokens(slot)]) for slot in model.grid.slots}
+
+
+def single_training(config: Config, text: Text) -> Training:
+    """The reference run."""
+    return Training(config, VirtualWorld(1).communicators[0], "single", text, np)
+
+
+def perturbed_parameters(model: Model, seed: int = 7) -> Parameters:
+    """Weights far from their initial symmetry: gains are not one, and softmaxes are not flat."""
+    parameters = initial_parameters(model)
+    parameters.gains += 0.3 * np.random.default_rng(seed).standard_normal(parameters.gains.shape, dtype=parameters.gains.dtype)
+    for _, tensor in parameters.tensors():
+        tensor *= 8.0
+    return parameters
+
+
+class Calls:
+    """The functions of a reference or schedule with their first arguments filled in: Calls(tsp, comm, model)."""
+
+    def __init__(self, module: ModuleType, *context: Any) -> None:
+        self._module, self._context = module, context
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return partial(getattr(self._module, name), *self._context)
+
+
+def gradient_gaps(calls: Calls, model: Model, total: Callable[[float], float], what: str) -> dict[str, float]:
+    """For each matrix: how far its gradient is from central differences along a random direction.
+
+    Relative to the gradient's norm, which is the size to expect of its product with a direction of unit variance.
+
+    what   "loss": the loss; "layers": the product of the last layer's output with a random cotangent
+    total  sums a number over ranks; weights that every rank holds are counted by rank 0
+    """
+    config, grid = model.config, model.grid
+    weights, gradients = perturbed_parameters(model), empty_parameters(model, "gradients")
+    tokens, targets = (cut(model, whole) for whole in random_batch(config))
+    shape = (config.batch_size, config.seq_len, config.hidden_size)
+    cotangent = cut(model, np.random.default_rng(5).standard_normal(shape))
+    value, backward = (_loss(calls, tokens, targets) if what == "loss"
+                       else _layers(calls, model, tokens, cotangent, total))
+    backward(weights, gradients)
+    gaps = {}
+    for name, views in _directions(config, grid.blocks, weights, gradients):
+        if what == "layers" and name == "head":
+            continue
+        step = 2e-6
+        products = squares = 0.0
+        moves = []
+        for weight, gradient, seed in views:
+            direction = np.random.default_rng(seed).standard_normal(weight.shape)
+            moves.append((weight, direction))
+            if name != "gains" or grid.rank == 0:
+                products += float(np.sum(gradient * direction))
+                squares += float(np.sum(gradient * gradient))
+        values = []
+        for sign in (1.0, -2.0):
+            for weight, direction in moves:
+                weight += sign * step * direction
+            values.append(value(weights))
+        for weight, direction in moves:
+            weight += step * direction
+        analytic, numeric = total(products), (values[0] - values[1]) / (2 * step)
+        gaps[name] = abs(analytic - numeric) / total(squares) ** 0.5
+    return gaps
+
+
+def _directions(config: Config, blocks: range, weights: Parameters, gradients: Parameters) -> list[tuple[str, Any]]:
+    """(matrix, [(its block's weights, gradient, seed)]) for every named matrix; seeds are keyed by matrix and block."""
+    found: dict[str, list[tuple[Array, Array, list[int]]]] = {}
+    for number, ((name, tensor), (_, gradient)) in enumerate(zip(weights.tensors(), gradients.tensors())):
+        for block, weight, slope in zip(blocks, tensor, gradient):
+            slopes = named_views(config, name, slope)
+            for field, view in named_views(config, name, weight).items():
+                full = name if field == "table" else f"{name}.{field}"
+                found.setdefault(full, []).append((view, slopes[field], [number, block, len(field)]))
+    return [*found.items(), ("gains", [(weights.gains, gradients.gains, [99])])]
+
+
+def _loss(calls: Calls, tokens: Tiles, targets: Tiles) -> tuple[Any, Any]:
+    def value(weights: Parameters) -> float:
+        return calls.model_forward(weights, tokens, targets)[0]
+
+    def backward(weights: Parameters, gradients: Parameters) -> None:
+        calls.model_backward(calls.model_forward(weights, tokens, targets)[1], weights, gradients)
+
+    return value, backward
+
+
+def _layers(calls: Calls, model: Model, tokens: Tiles, cotangent: Tiles, total: Callable[[float], float]) -> tuple[Any, Any]:
+    layers = range(model.config.num_layers)
+
+    def forward(weights: Parameters) -> tuple[Tiles, list[Any]]:
+        saved = []
+        x = calls.embedding_forward(tokens, weights)
+        for layer in layers:
+            x, attention = calls.attention_forward(x, weights, layer)
+            x, mlp = calls.mlp_forward(x, weights, layer)
+            saved.append((attention, mlp))
+        return x, saved
+
+    def value(weights: Parameters) -> float:
+        x, _ = forward(weights)
+        return total(sum(float(np.sum(x[slot] * cotangent[slot])) for slot in x))
+
+    def backward(weights: Parameters, gradients: Parameters) -> None:
+        _, saved = forward(weights)
+        dgain = {slot: np.zeros_like(weights.gains) for slot in model.grid.slots}
+        dx = cotangent
+        for layer in reversed(layers):
+            dx = calls.mlp_backward(dx, saved[layer][1], weights, layer, gradients, dgain)
+            dx = calls.attention_backward(dx, saved[layer][0], weights, layer, gradients, dgain)
+        calls.embedding_backward(dx, tokens, weights, gradients)
+        calls.gains_backward(dgain, gradients)
+
+    return value, backward
+
+
+def sum_over(comm: Communicator | None) -> Callable[[float], float]:
+    """Sums a number over all ranks of a communicator; without one, leaves it."""
+    if comm is None:
+        return lambda number: number
+    from tsp_ref.comm.control import gather
+
+    return lambda number: float(sum(row[0] for row in gather(comm, np.array([number], dtype=np.float64))))
+
+
+def single_calls(config: Config) -> tuple[Calls, Model]:
+    """The single process's functions and its model."""
+    model = Model(config, np)
+    return Calls(single, model), model

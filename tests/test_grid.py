@@ -1,0 +1,111 @@
+"""Who owns what: blocks and slots dealt once, consecutive and even, and causal work equal."""
+
+import numpy as np
+import pytest
+
+from tsp_ref.grid import Grid, share, zigzag
+
+GRIDS = [(1, 1), (8, 16), (8, 4), (3, 5), (32, 64), (7, 16)]
+WORLDS = [(blocks, tiles, size) for blocks, tiles in GRIDS for size in range(1, min(blocks, tiles) + 1)]
+
+
+def grids(blocks: int, tiles: int, size: int, tile_len: int = 4) -> list[Grid]:
+    return [Grid(blocks, tiles, tile_len, rank, size) for rank in range(size)]
+
+
+def positions(grid: Grid, slot: int) -> np.ndarray:
+    return np.arange(grid.num_tiles * grid.tile_len, dtype=np.int64)[grid.tokens(slot)]
+
+
+@pytest.mark.parametrize(("blocks", "tiles", "size"), WORLDS)
+def test_every_block_and_slot_is_dealt_to_one_rank_in_order(blocks: int, tiles: int, size: int) -> None:
+    world = grids(blocks, tiles, size)
+    assert [block for grid in world for block in grid.blocks] == list(range(blocks))
+    assert [slot for grid in world for slot in grid.slots] == list(range(tiles))
+
+
+@pytest.mark.parametrize(("blocks", "tiles", "size"), WORLDS)
+def test_every_rank_owns_a_block_and_a_slot_and_no_rank_two_more_than_another(blocks: int, tiles: int, size: int) -> None:
+    world = grids(blocks, tiles, size)
+    for counts in ([len(grid.blocks) for grid in world], [len(grid.slots) for grid in world]):
+        assert min(counts) >= 1
+        assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 16])
+def test_a_share_is_even_where_the_number_of_ranks_divides(count: int) -> None:
+    for size in (size for size in range(1, count + 1) if count % size == 0):
+        assert [len(share(count, rank, size)) for rank in range(size)] == [count // size] * size
+
+
+@pytest.mark.parametrize(("blocks", "tiles", "size"), [(8, 16, 8), (8, 16, 3), (7, 16, 5)])
+def test_all_ranks_agree_on_who_owns_what(blocks: int, tiles: int, size: int) -> None:
+    world = grids(blocks, tiles, size)
+    for grid in world:
+        assert [grid.blocks_of(rank) for rank in range(size)] == [other.blocks for other in world]
+        assert [grid.slots_of(rank) for rank in range(size)] == [other.slots for other in world]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_the_others_are_all_other_ranks_beginning_with_the_next(size: int) -> None:
+    for grid in grids(8, 8, size):
+        assert sorted([*grid.others, grid.rank]) == list(range(size))
+        assert grid.others[:1] == [(grid.rank + 1) % size][: size - 1]
+
+
+def test_slots_hold_the_tiles_from_both_ends_in_turn() -> None:
+    assert [zigzag(slot, 8) for slot in range(8)] == [0, 7, 1, 6, 2, 5, 3, 4]
+    assert [zigzag(slot, 5) for slot in range(5)] == [0, 4, 1, 3, 2]
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 5, 8, 16, 64])
+def test_zigzag_is_a_permutation(tiles: int) -> None:
+    assert sorted(zigzag(slot, tiles) for slot in range(tiles)) == list(range(tiles))
+
+
+@pytest.mark.parametrize("tile_len", [1, 3, 4])
+@pytest.mark.parametrize("tiles", [2, 4, 6, 8, 16, 32])
+def test_causal_work_is_equal_on_all_ranks(tiles: int, tile_len: int) -> None:
+    """Counted token by token: the keys that each of a rank's queries sees."""
+    seen = np.tri(tiles * tile_len, dtype=np.int64)
+    for size in (size for size in range(1, tiles // 2 + 1) if tiles // 2 % size == 0):
+        work = [sum(int(seen[positions(grid, slot)].sum()) for slot in grid.slots)
+                for grid in grids(tiles, tiles, size, tile_len)]
+        assert work == [int(seen.sum()) // size] * size
+
+
+@pytest.mark.parametrize("tile_len", [1, 4])
+@pytest.mark.parametrize("tiles", [1, 2, 5, 16])
+def test_slots_hold_every_token_once(tiles: int, tile_len: int) -> None:
+    grid = Grid(1, tiles, tile_len)
+    held = np.concatenate([positions(grid, slot) for slot in range(tiles)])
+    assert sorted(held.tolist()) == list(range(tiles * tile_len))
+    assert all(len(positions(grid, slot)) == tile_len for slot in range(tiles))
+
+
+@pytest.mark.parametrize("tile_len", [1, 4])
+@pytest.mark.parametrize("tiles", [1, 2, 5, 16])
+def test_a_slot_sees_the_tokens_up_to_its_last(tiles: int, tile_len: int) -> None:
+    grid = Grid(1, tiles, tile_len)
+    seen = np.tri(tiles * tile_len, dtype=np.bool_)
+    for slot in range(tiles):
+        assert grid.visible(slot) == seen[positions(grid, slot)].any(axis=0).sum()
+
+
+@pytest.mark.parametrize("tile_len", [1, 4])
+@pytest.mark.parametrize("tiles", [1, 2, 5, 16])
+def test_the_readers_of_a_slot_are_the_slots_with_a_query_that_sees_one_of_its_keys(tiles: int, tile_len: int) -> None:
+    grid = Grid(1, tiles, tile_len)
+    seen = np.tri(tiles * tile_len, dtype=np.bool_)
+    for slot in range(tiles):
+        readers = [other for other in range(tiles)
+                   if seen[np.ix_(positions(grid, other), positions(grid, slot))].any()]
+        assert list(grid.readers(slot)) == readers
+
+
+def test_tiles_and_tokens_are_the_same_on_any_number_of_ranks() -> None:
+    alone = Grid(8, 16, 4)
+    for size in range(1, 9):
+        for grid in grids(8, 16, size):
+            for slot in range(16):
+                assert (grid.tile(slot), grid.tokens(slot)) == (alone.tile(slot), alone.tokens(slot))
