@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from fractions import Fraction
@@ -57,7 +57,7 @@ def random(key: int, *shape: int) -> Array:
     return np.random.default_rng([SEED, key, *shape]).standard_normal(shape, dtype=np.float32)
 
 
-def patterns(arrays: Sequence[Array]) -> int:
+def patterns(arrays: Iterable[Array]) -> int:
     """How many different bit patterns there are among arrays."""
     return len({array.tobytes() for array in arrays})
 
@@ -140,16 +140,16 @@ def show_products(lesson: Lesson) -> None:
     cuts = [cut_product(*SHAPES[index]) for index in share(len(SHAPES), lesson.rank, lesson.size)]
     mine = [sum(getattr(cut, name) for cut in cuts) for name in ("rows", "columns", "inner", "again")]
     largest = [max(cut.gap for cut in cuts), max(cut.error for cut in cuts)]
-    counts = sum(gather(lesson.comm, np.array(mine, dtype=np.int64)))
+    counts = np.sum(gather(lesson.comm, np.array(mine, dtype=np.int64)), axis=0)
     gap, error = np.max(gather(lesson.comm, np.array(largest, dtype=np.float64)), axis=0)
     library = ", ".join(f"{pool['internal_api']} {pool['version']}, {pool.get('architecture', 'unknown')} kernels"
                         for pool in threadpool_info() if pool["user_api"] == "blas")
     lesson.say(f"{len(SHAPES)} random products X W in float32, by NumPy's BLAS on this machine ({library}):")
     lesson.say(table_of_cuts(counts))
     lesson.say(f"None is wrong: the whole products differ from float64 by at most {error:.1e} of their largest entry, "
-               f"and the cut ones from the whole by at most {gap:.1e}. They are other roundings. That is why this project "
-               "cuts the work in the same blocks and tiles for any number of ranks: no product has a shape that "
-               "depends on N.")
+               f"and the cut ones from the whole by at most {gap:.1e}. They are other roundings. That is why this "
+               "project cuts the work in the same blocks and tiles for any number of ranks: no product has a shape "
+               "that depends on N.")
     lesson.check("a product of one shape has one bit pattern, at any address and distance between rows", counts[3] == 0)
     lesson.check("the sum of the two halves differs from the whole product for some shapes", counts[2] > 0)
     lesson.check("all agree within float32 rounding: 5e-6 of the largest entry", max(gap, error) < 5e-6)

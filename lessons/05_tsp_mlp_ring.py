@@ -1,7 +1,8 @@
 """The TSP MLP ring: weights go round, and meet every rank's tokens.
 
 Objective: after this lesson you can write the ring yourself, forward and backward, and say from the number of ranks
-alone what it sends and what it holds.
+alone what it sends and what it holds. (The forward is the ring of arXiv 2604.26294; the backward, and the fixed order
+of every sum, are this project's.)
 
     mpirun -n 4 python lessons/05_tsp_mlp_ring.py
     python lessons/05_tsp_mlp_ring.py --ranks 4 --shuffle 7
@@ -72,7 +73,7 @@ def tiles(grid: Grid, purpose: int) -> Tiles:
     """Random tiles [B, s, h], drawn by slot, so that all ranks agree and none draws a tile that it does not own."""
     shape = (CONFIG.batch_size, CONFIG.tile_len, CONFIG.hidden_size)
     return {
-        slot: np.random.default_rng([purpose, slot]).standard_normal(shape, dtype=CONFIG.dtype) for slot in grid.slots
+        slot: np.random.default_rng([purpose, slot]).standard_normal(shape, dtype=np.float32) for slot in grid.slots
     }
 
 
@@ -297,8 +298,8 @@ def show_owners(lesson: Lesson, grid: Grid) -> None:
     """Part 1."""
     lesson.part("Who owns what")
     lesson.say(f"One MLP layer, h={CONFIG.hidden_size} and f={CONFIG.ffn_size}, is cut in G={CONFIG.blocks} packed "
-               f"blocks {{gate, up, down}} of {BLOCK_BYTES:,} bytes.\nEach sequence of {CONFIG.seq_len} tokens is cut in "
-               f"T={CONFIG.tiles} tiles. The number of ranks decides only who owns them:")
+               f"blocks {{gate, up, down}} of {BLOCK_BYTES:,} bytes.\nEach sequence of {CONFIG.seq_len} tokens is cut "
+               f"in T={CONFIG.tiles} tiles. The number of ranks decides only who owns them:")
     lesson.say_from_all(f"owns blocks {names(grid.blocks)} and the tokens of slots {names(grid.slots)}")
     if grid.size == 1:
         lesson.say("One rank has no neighbour: its ring is one step, without a message. Run it on more ranks, too.")
@@ -373,7 +374,7 @@ def show_backward(lesson: Lesson, grid: Grid) -> None:
     messages, sent = lesson.comm.ledger.sums("send", "GRADIENTS")
     filled = "1 subtree" if pieces == 1 else f"{pieces} subtrees"
     lesson.say_from_all(f"slots {names(grid.slots)} fill {filled}: sent {messages} pieces, {sent:,} bytes")
-    lesson.say("With one subtree a rank, all gradients together cost what a turn of the weights costs; with more, more.")
+    lesson.say("With one subtree a rank, all gradients together cost what a turn of the weights does; with more, more.")
     lesson.check("gradient bytes sent = subtrees of this rank's slots x blocks of other ranks x bytes of a block",
                  sent == pieces * away * BLOCK_BYTES)
     lesson.check("the weights' second turn sends what the first did",

@@ -1,8 +1,8 @@
 """Runs tests that take a `comm` on N real ranks.
 
-Such a test is collected once for each N (1, 2, 3, 4, 8, or those that `@pytest.mark.ranks` names). All tests of one N run
-in one job, started when the first of them is due. A test that fails, or hangs, ends its job and is blamed; another job runs
-the rest. The run ends by saying how many tests ran at which N.
+Such a test is collected once for each N (1, 2, 3, 4, 8, or those that `@pytest.mark.ranks` names). All tests of one N
+run in one job, started when the first of them is due. A test that fails, or hangs, ends its job and is blamed; another
+job runs the rest. The run ends by saying how many tests ran at which N.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import launcher
 import pytest
 
 SIZES = (1, 2, 3, 4, 8)
+JOBS = pytest.StashKey["Jobs"]()
 LIMIT = 120.0  # seconds for one test, after which it hangs
 
 
@@ -142,5 +143,3 @@ def _count_passed(tests: list[dict[str, Any]], folder: Path) -> int:
     return next((index for index, test in enumerate(tests) if not (folder / f"{test['number']}.passed").exists()),
                 len(tests))
 
-
-JOBS = pytest.StashKey[Jobs]()

@@ -63,7 +63,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 def begin(n: int, *arguments: str, **extra: str) -> subprocess.Popen[bytes]:
     """Start `mpiexec -n N python arguments...` in a process group of its own, its output in files."""
-    output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (closed by collect)
     job = subprocess.Popen(
         [mpiexec(), "-n", str(n), sys.executable, *arguments], cwd=ROOT, env=environment(**extra),
         stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True)
@@ -100,7 +100,8 @@ def mpirun(n: int, *arguments: str, limit: float = 120, **extra: str) -> Ended:
     except subprocess.TimeoutExpired:
         end(job)
         ended = collect(job)
-        raise AssertionError(f"n={n} {' '.join(arguments)}: no end after {limit:.0f} s\n{ended.output}\n{ended.errors}") from None
+        said = f"{ended.output}\n{ended.errors}"
+        raise AssertionError(f"n={n} {' '.join(arguments)}: no end after {limit:.0f} s\n{said}") from None
     except BaseException:
         end(job)
         raise

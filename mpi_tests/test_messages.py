@@ -39,7 +39,7 @@ def test_an_array_that_is_not_contiguous_is_refused(comm):
 def test_a_message_never_received_is_noticed_at_the_end(comm):
     left, right = neighbours(comm)
     comm.Wait(comm.Isend(np.zeros(2), right, 1))
-    with pytest.raises(MessageError, match=rf"received 0 messages, 0 bytes from rank {left}, which sent 1 messages, 16"):
+    with pytest.raises(MessageError, match=rf"received 0 messages, 0 bytes from rank {left}, which sent 1 messages"):
         comm.finish()
     comm.Wait(comm.Irecv(np.zeros(2), left, 1))
 

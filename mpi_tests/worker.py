@@ -1,7 +1,7 @@
 """One rank of a job that runs MPI tests: `mpiexec -n N python worker.py JOB.json`, started by the conftest beside it.
 
-Every rank calls every test of the job in turn, with a barrier between. After a failure the ranks may disagree about what
-comes next, so the failing rank writes its traceback and ends the job; the conftest starts another for the rest.
+Every rank calls every test of the job in turn, with a barrier between. After a failure the ranks may disagree about
+what comes next, so the failing rank writes its traceback and ends the job; the conftest starts another for the rest.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": dict(SMALL, num_heads=8),
     "grouped-query": dict(SMALL, hidden_size=64, num_heads=16, num_kv_heads=8),
     "tied head": dict(SMALL, num_heads=8, tied_head=True, batch_size=1),
-    "nine blocks, eleven tiles": dict(num_layers=1, hidden_size=36, num_heads=18, num_kv_heads=9, ffn_size=45, seq_len=33,
-                                      vocab_size=261, blocks=9, tiles=11, batch_size=3),
+    "nine blocks, eleven tiles": dict(num_layers=1, hidden_size=36, num_heads=18, num_kv_heads=9, ffn_size=45,
+                                      seq_len=33, vocab_size=261, blocks=9, tiles=11, batch_size=3),
 }
 """Nine blocks and eleven tiles divide by no N but 1 and 3: every N owns unevenly, and tiles' trees have odd leaves."""
 
@@ -61,7 +61,8 @@ def single_training(config: Config, text: Text) -> Training:
 def perturbed_parameters(model: Model, seed: int = 7) -> Parameters:
     """Weights far from their initial symmetry: gains are not one, and softmaxes are not flat."""
     parameters = initial_parameters(model)
-    parameters.gains += 0.3 * np.random.default_rng(seed).standard_normal(parameters.gains.shape, dtype=parameters.gains.dtype)
+    gains = parameters.gains
+    gains += 0.3 * np.random.default_rng(seed).standard_normal(gains.shape, dtype=gains.dtype)
     for _, tensor in parameters.tensors():
         tensor *= 8.0
     return parameters
@@ -114,7 +115,8 @@ def gradient_gaps(calls: Calls, model: Model, total: Callable[[float], float], w
         for weight, direction in moves:
             weight += step * direction
         analytic, numeric = total(products), (values[0] - values[1]) / (2 * step)
-        gaps[name] = abs(analytic - numeric) / total(squares) ** 0.5
+        norm = total(squares) ** 0.5
+        gaps[name] = abs(analytic - numeric) / norm if norm else float("inf")
     return gaps
 
 
@@ -140,7 +142,9 @@ def _loss(calls: Calls, tokens: Tiles, targets: Tiles) -> tuple[Any, Any]:
     return value, backward
 
 
-def _layers(calls: Calls, model: Model, tokens: Tiles, cotangent: Tiles, total: Callable[[float], float]) -> tuple[Any, Any]:
+def _layers(
+    calls: Calls, model: Model, tokens: Tiles, cotangent: Tiles, total: Callable[[float], float]
+) -> tuple[Any, Any]:
     layers = range(model.config.num_layers)
 
     def forward(weights: Parameters) -> tuple[Tiles, list[Any]]:

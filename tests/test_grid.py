@@ -25,7 +25,7 @@ def test_every_block_and_slot_is_dealt_to_one_rank_in_order(blocks: int, tiles: 
 
 
 @pytest.mark.parametrize(("blocks", "tiles", "size"), WORLDS)
-def test_every_rank_owns_a_block_and_a_slot_and_no_rank_two_more_than_another(blocks: int, tiles: int, size: int) -> None:
+def test_every_rank_owns_a_block_and_a_slot_and_none_two_more_than_another(blocks: int, tiles: int, size: int) -> None:
     world = grids(blocks, tiles, size)
     for counts in ([len(grid.blocks) for grid in world], [len(grid.slots) for grid in world]):
         assert min(counts) >= 1

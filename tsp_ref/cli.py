@@ -62,8 +62,8 @@ def _parser() -> Parser:
     training.add_argument("--schedule", default="tsp", metavar="|".join(SCHEDULES),
                           help="single: the reference, one process; tsp: any number of ranks (default)")
     training.add_argument("--digest", action="store_true",
-                          help="end with a SHA-256 over the bits of losses, gradients, weights and optimizer state: the "
-                               "same for any number of ranks and both schedules")
+                          help="end with a SHA-256 over the bits of losses, gradients, weights and optimizer state: "
+                               "the same for any number of ranks and both schedules")
     training.add_argument("--log", metavar="FILE.jsonl", help="append a JSON line for each step")
     _common(training, preset="small", steps="the preset's")
     training.set_defaults(run=_train)

@@ -128,7 +128,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "7b": dict(vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, ffn_size=16384,
                seq_len=16384, blocks=32, tiles=64, batch_size=1),
 }
-"""`tiny` runs in seconds, `small` is the default, `bench` is for timing, `7b` is the paper's model, for planning only."""
+"""`tiny` runs in seconds, `small` is the default, `bench` is for timing, `7b`, the paper's model, for planning only."""
 
 PLANNING_ONLY = ("7b",)
 

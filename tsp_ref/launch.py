@@ -27,8 +27,8 @@ def start(
     try:
         if mpi.launched():
             if ranks is not None:
-                raise UserError(f"--ranks {ranks} asks for virtual ranks inside one process, and mpirun has started several "
-                                "processes: use one or the other")
+                raise UserError(f"--ranks {ranks} asks for virtual ranks inside one process, and mpirun has started "
+                                "several processes: use one or the other")
             if shuffle is not None:
                 raise UserError(f"--shuffle {shuffle} orders the messages of virtual ranks: use it with --ranks N, "
                                 "not under mpirun")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
 from typing import Any
 
 from .arrays import Array
@@ -20,8 +19,8 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self.held: dict[str, int] = defaultdict(int)
-        self.peak: dict[str, int] = defaultdict(int)
+        self.held = dict.fromkeys(KINDS, 0)
+        self.peak = dict.fromkeys(KINDS, 0)
         self.model_state_peak = 0
         self.total_peak = 0
         # Keyed by id: a weak reference hashes as its array would, and arrays do not hash.

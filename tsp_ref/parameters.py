@@ -115,7 +115,8 @@ def initial_parameters(model: Model) -> Parameters:
     for number, (name, tensor) in enumerate(parameters.tensors()):
         for held, block in zip(tensor, model.grid.blocks):
             generator = np.random.default_rng([config.seed, number, block])
-            held[...] = model.xp.asarray(0.02 * generator.standard_normal(held.shape, dtype=config.dtype))
+            drawn = generator.standard_normal(held.shape, dtype=np.dtype(config.dtype).type)
+            held[...] = model.xp.asarray(0.02 * drawn)
             for field, matrix in named_views(config, name, held).items():
                 if field in ("wo", "down"):
                     matrix *= (2 * config.num_layers) ** -0.5

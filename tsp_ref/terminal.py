@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+WIDTH = 120  # where no terminal says another
+
 LAUNCHERS = ("mpiexec", "mpirun", "prterun", "orterun", "hydra")
 
 
@@ -17,8 +19,8 @@ def console_for(rank: int) -> Console:
     terminal = _launcher_terminal()
     if terminal is None:
         console = Console()
-        # Without a terminal there is no width to respect; 80 columns would break the tables.
-        return console if console.is_terminal else Console(width=120)
+        # Without a terminal there is no width to respect, and 80 columns would break the tables.
+        return console if console.is_terminal else Console(width=WIDTH)
     return Console(force_terminal=True, width=_width(terminal))
 
 
@@ -45,6 +47,6 @@ def _name_and_parent(pid: int) -> tuple[str, int]:
 def _width(terminal: str) -> int:
     descriptor = os.open(terminal, os.O_RDONLY | os.O_NOCTTY)
     try:
-        return os.get_terminal_size(descriptor).columns
+        return os.get_terminal_size(descriptor).columns or WIDTH
     finally:
         os.close(descriptor)

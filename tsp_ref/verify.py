@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -20,6 +22,8 @@ from .terminal import console_for
 from .training.collect import owner_of, stream, stream_blocks
 from .training.data import load_text
 from .training.loop import Training
+
+Key = TypeVar("Key", int, tuple[int, int])
 
 
 @dataclass
@@ -53,8 +57,8 @@ class Judge:
         """Print a line for each tensor and a closing one. Whether all agree."""
         for name, verdict in self.verdicts.items():
             if verdict.different:
-                console.print(f"[red]DIFFERS[/]  {name}  {verdict.different} of {verdict.pieces} pieces, {verdict.first}",
-                              highlight=False)
+                console.print(f"[red]DIFFERS[/]  {name}  {verdict.different} of {verdict.pieces} pieces, "
+                              f"{verdict.first}", highlight=False)
             else:
                 console.print(f"[green]equal[/]    {name}  {verdict.pieces} pieces", highlight=False)
         wrong = sum(verdict.different > 0 for verdict in self.verdicts.values())
@@ -94,14 +98,19 @@ def compare_step(judge: Judge, run: Training, reference: Training | None) -> Non
     run.strategy.backward(saved, run.weights, run.gradients)
     if reference and reference_saved:
         reference.strategy.backward(reference_saved, reference.weights, reference.gradients)
-    compare_parameters(judge, "gradient of ", run, run.gradients, reference and reference.gradients, step)
     norm = run.update()
     if reference:
         judge.compare("gradient norm", step, np.array(norm), np.array(reference.update()))
-    optimizer, other = run.optimizer, reference and reference.optimizer
-    compare_parameters(judge, "updated ", run, run.weights, reference and reference.weights, step)
-    compare_parameters(judge, "first moment of ", run, optimizer.first, other and other.first, step)
-    compare_parameters(judge, "second moment of ", run, optimizer.second, other and other.second, step)
+    # The update leaves the gradients as they are, so they can be compared after it.
+    wanted = held_parameters(reference) if reference else {}
+    for prefix, found in held_parameters(run).items():
+        compare_parameters(judge, prefix, run, found, wanted.get(prefix), step)
+
+
+def held_parameters(training: Training) -> dict[str, Parameters]:
+    """All that a rank holds between steps, with what to call it."""
+    return {"gradient of ": training.gradients, "updated ": training.weights,
+            "first moment of ": training.optimizer.first, "second moment of ": training.optimizer.second}
 
 
 def compare_parameters(
@@ -140,15 +149,15 @@ def compare_activations(judge: Judge, run: Training, found: Saved, wanted: Saved
 
 
 def compare_tiles(
-    judge: Judge, name: str, run: Training, keys: Iterable[Hashable], found: dict[Hashable, Array],
-    wanted: dict[Hashable, Array], step: str
+    judge: Judge, name: str, run: Training, keys: Sequence[Key], found: dict[Key, Array], wanted: dict[Key, Array],
+    step: str
 ) -> None:
-    """An array for each slot, or for each block and slot, streamed to rank 0 by the slot's owner."""
+    """An array for each slot, or for each (block, slot), streamed to rank 0 by the slot's owner."""
     for key in keys:
         slot = key[1] if isinstance(key, tuple) else key
         owner = owner_of(run.model.grid.slots_of, run.comm.size, slot)
         shape = wanted[key].shape if wanted else ()
-        array = stream(run.comm, run.model, owner, shape, lambda key=key: found[key])
+        array = stream(run.comm, run.model, owner, shape, partial(found.__getitem__, key))
         if array is not None and wanted:
             where = f"block {key[0]}, slot {key[1]}" if isinstance(key, tuple) else f"slot {key}"
             judge.compare(name, f"{step}, {where}", array, wanted[key])

@@ -100,13 +100,13 @@ def open_world() -> MPICommunicator:
         with warnings.catch_warnings(action="ignore"):  # of a mismatched launcher, which is refused below
             from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise UserError(f"MPI cannot be loaded ({str(error).splitlines()[0]}): pip install 'tsp_ref[mpi]', or run without "
-                        "mpirun and with --ranks N") from None
+        raise UserError(f"MPI cannot be loaded ({str(error).splitlines()[0]}): pip install 'tsp_ref[mpi]', or run "
+                        "without mpirun and with --ranks N") from None
     wanted, found = _first_number(SIZE_VARIABLES), MPI.COMM_WORLD.Get_size()
     if wanted is not None and wanted != found:
         vendor = MPI.Get_library_version().strip().split("\n")[0].split(",")[0].strip("\x00 ")
-        raise UserError(f"mpirun started {wanted} ranks, but each finds itself rank 0 of {found}: the launcher is not of "
-                        f"the MPI that Python loads ({vendor}); use the mpirun beside this environment's python")
+        raise UserError(f"mpirun started {wanted} ranks, but each finds itself rank 0 of {found}: the launcher is not "
+                        f"of the MPI that Python loads ({vendor}); use the mpirun beside this environment's python")
     world = MPICommunicator(MPI)
     sys.excepthook = lambda kind, error, trace: fail(world, error, trace)
     return world
@@ -129,8 +129,8 @@ _failure_marks: list[socket.socket] = []
 
 
 def _first_to_fail() -> bool:
-    """Whether no other rank of this job on this node failed before: the first to fail takes a name that only one process
-    can hold and that is free again when it ends (Linux's abstract sockets; elsewhere every rank is the first)."""
+    """Whether no other rank of this job on this node failed before: the first to fail takes a name that only one
+    process can hold and that is free again when it ends (Linux's abstract sockets; elsewhere every rank is first)."""
     if not sys.platform.startswith("linux"):
         return True
     mark = socket.socket(socket.AF_UNIX)

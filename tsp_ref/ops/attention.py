@@ -26,7 +26,8 @@ def qkv_forward(
     q = rotary_forward(xp, heads[:, :queries], rotary)  # -> [B, H/G, s, e]
     k = rotary_forward(xp, heads[:, queries : queries + kv_heads], rotary)  # -> [B, K/G, s, e]
     v = heads[:, queries + kv_heads :]  # -> [B, K/G, s, e]
-    return q.reshape(batch, kv_heads, -1, head_dim), k, v  # q: [B, H/G, s, e] -> [B, K/G, g*s, e]
+    grouped = q.reshape(batch, kv_heads, -1, head_dim)  # [B, H/G, s, e] -> [B, K/G, g*s, e]
+    return grouped, k, v
 
 
 def qkv_backward(
@@ -111,7 +112,8 @@ def merge_heads(xp: Namespace, heads: Array, length: int) -> Array:
 
 def out_forward(xp: Namespace, heads: Array, wo: Array, length: int) -> Array:
     """This block of heads' part of the attention's output: [B, K/G, g·s, e], wo [H/G·e, h] -> [B, s, h]."""
-    y = merge_heads(xp, heads, length) @ wo  # [B*s, H/G*e] -> [B*s, h]
+    merged = merge_heads(xp, heads, length)  # [B, K/G, g*s, e] -> [B*s, H/G*e]
+    y = merged @ wo  # [B*s, H/G*e] -> [B*s, h]
     return y.reshape(heads.shape[0], length, -1)
 
 

@@ -11,7 +11,7 @@ def sigmoid(xp: Namespace, x: Array) -> Array:
 
 
 def swiglu_forward(xp: Namespace, x: Array, gate_up: Array, down: Array) -> tuple[Array, Array]:
-    """x [B, s, h], gate and up side by side [h, 2f/G], down [f/G, h] -> y [B, s, h] and, kept, x gate_up [B·s, 2f/G]."""
+    """x [B, s, h], gate and up side by side [h, 2f/G], down [f/G, h] -> y [B, s, h] and x gate_up [B·s, 2f/G], kept."""
     batch, length, hidden = x.shape
     projected = x.reshape(batch * length, hidden) @ gate_up  # [B*s, h] -> [B*s, 2*f/G]
     width = down.shape[0]

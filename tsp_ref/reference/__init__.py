@@ -1,1 +1,1 @@
-"""Two single-process models: `naive`, a textbook one without a grid, and `single`, the bits that every schedule owes."""
+"""Two models in one process: `naive`, a textbook one without a grid, and `single`, the bits that schedules owe."""

@@ -25,5 +25,4 @@ class Tag(IntEnum):
     GAIN_GRADIENTS = 20
 
     GRADIENT_NORM = 31
-    CONTROL = 41
-    COLLECT = 42
+    COLLECT = 41

@@ -2,8 +2,8 @@
 
 Weights come to the tokens: attention blocks are broadcast by each owner in turn, MLP and vocabulary blocks go round a
 ring, and each rank applies every block to its own tokens. Only keys and values cross between tokens. Gradients of
-weights go straight home to the blocks' owners. The forward of attention and MLP follows the paper (arXiv 2604.26294, its
-attention algorithm and its ring); the backward, the embedding, the head and the order of every sum are ours.
+weights go straight home to the blocks' owners. The forward of attention and MLP follows the paper (arXiv 2604.26294,
+its attention algorithm and its ring); the backward, the embedding, the head and the order of every sum are ours.
 
 Read beside `reference.single`: the same functions in the same order; what differs is the messages.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from ..arrays import Array
 from ..comm.communicator import Communicator
@@ -41,7 +42,7 @@ def stream_blocks(comm: Communicator, model: Model, parameters: Parameters) -> I
         for block in range(model.config.blocks):
             owner = owner_of(model.grid.blocks_of, comm.size, block)
             held = block - model.grid.blocks.start
-            array = stream(comm, model, owner, tensor.shape[1:], lambda tensor=tensor, held=held: tensor[held])
+            array = stream(comm, model, owner, tensor.shape[1:], partial(tensor.__getitem__, held))
             if array is not None:
                 yield name, block, array
     if comm.rank == 0:
@@ -49,7 +50,7 @@ def stream_blocks(comm: Communicator, model: Model, parameters: Parameters) -> I
 
 
 def digest(training: Training) -> str:
-    """SHA-256 over the bits of all losses, the last gradients, all weights and both moments; on rank 0, "" elsewhere."""
+    """SHA-256 over the bits of all losses, the last gradients, all weights and both moments; "" but on rank 0."""
     sha = hashlib.sha256()
     sha.update(struct.pack(f"<{len(training.losses)}d", *training.losses))
     optimizer = training.optimizer

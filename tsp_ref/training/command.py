@@ -21,7 +21,7 @@ from ..errors import UserError
 from ..terminal import console_for
 from .collect import digest
 from .data import Text, load_text
-from .holdings import holdings_table, size
+from .holdings import holdings_table, short
 from .loop import StepReport, Training
 
 
@@ -46,7 +46,7 @@ def train(comm: Communicator, options: TrainOptions) -> int:
         _run_steps(console, training, log)
         validation = training.validate()
         console.print(f"validation loss {validation:.4f} on held-out text; training loss "
-                      f"{training.losses[0]:.4f} -> {training.losses[-2]:.4f}")
+                      f"{training.losses[0]:.4f} -> {training.losses[-2]:.4f}", highlight=False)
         _write(log, {"validation_loss": validation})
         console.print(holdings_table(training))
         if options.digest:
@@ -122,7 +122,7 @@ def _line(training: Training, report: StepReport, seconds: float) -> str:
     held = training.model.memory.held
     state = sum(held[kind] for kind in ("weights", "gradients", "optimizer"))
     return (f"loss {report.loss:.4f}  norm {report.norm:.2f}  {tokens / seconds:,.0f} tokens/s  "
-            f"this rank holds {size(state)}")
+            f"this rank holds {short(state)}B")
 
 
 def _write(log: IO[str] | None, record: dict[str, object]) -> None:

@@ -33,7 +33,7 @@ class Text:
 
 
 def load_text(paths: list[str] | None, config: Config) -> Text:
-    """The text of files and of all files in folders, or of Python's standard library; its last twentieth is held out."""
+    """The text of files and of all files in folders, or of Python's standard library; a twentieth is held out."""
     if config.vocab_size < 256:
         raise UserError(f"vocab_size={config.vocab_size} is too small to train on bytes: use 256 or more")
     if paths:
@@ -45,8 +45,8 @@ def load_text(paths: list[str] | None, config: Config) -> Text:
     needed = config.seq_len + 1
     held_out = max(len(text) // 20, needed)
     if len(text) < 2 * needed:
-        raise UserError(f"--text {source} holds {len(text)} bytes: a sequence of seq_len={config.seq_len} needs at least "
-                        f"{2 * needed}, half of them held out; give more text or lower seq_len")
+        raise UserError(f"--text {source} holds {len(text)} bytes: a sequence of seq_len={config.seq_len} needs at "
+                        f"least {2 * needed}, half of them held out; give more text or lower seq_len")
     return Text(text[:-held_out], text[-held_out:], source)
 
 

@@ -33,35 +33,36 @@ def activation_bytes(config: Config) -> int:
     return per_token * config.batch_size * config.seq_len * np.dtype(config.dtype).itemsize
 
 
-def size(count: float) -> str:
-    """A number of bytes for reading: 1.5 MB and the like, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+def short(count: float) -> str:
+    """A number of bytes for reading: 1.5M for one and a half million, and the like."""
+    for unit in ("", "k", "M", "G"):
+        if count < 999.5:
+            return f"{count:.0f}" if unit == "" else f"{count:.3g}{unit}"
         count /= 1000
-    return f"{count:.4g} TB"
+    return f"{count:.4g}T"
 
 
 def holdings_table(training: Training) -> Table:
     """One row a rank. Every rank must call it; only rank 0's is to be shown."""
-    config, memory = training.config, training.model.memory
-    messages, sent = training.comm.ledger.sums("send")
-    mine = np.array([memory.peak["weights"], memory.peak["gradients"], memory.peak["optimizer"],
-                     memory.model_state_peak, memory.peak["activations"], memory.peak["buffers"], messages, sent])
+    config, memory, ledger = training.config, training.model.memory, training.comm.ledger
     one_state, one_activations, gains = model_state_bytes(config), activation_bytes(config), gain_bytes(config)
-    table = Table(title="What each rank held at its peak, and sent", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("rank", "weights", "grads", "AdamW", "all three", "share", "activations", "share", "buffers",
-                    "messages", "sent"):
+    messages, sent = ledger.sums("send")
+    mine = np.array([memory.peak["weights"], memory.peak["gradients"], memory.peak["optimizer"],
+                     memory.model_state_peak, memory.peak["activations"], memory.peak["buffers"], sent])
+    table = Table(title="What each rank held at its peak, and sent, in bytes", title_justify="left", box=SIMPLE_HEAD,
+                  padding=(0, 1, 0, 0), show_edge=False)
+    for heading in ("rank", "weights", "grads", "AdamW", "sum", "share", "activations", "share", "buffers", "sent"):
         table.add_column(heading, justify="right", no_wrap=True)
     for rank, row in enumerate(gather(training.comm, mine)):
-        weights, gradients, optimizer, state, activations, buffers, count, volume = (int(value) for value in row)
-        table.add_row(str(rank), size(weights), size(gradients), size(optimizer), size(state),
-                      f"1/{(one_state - gains) / (state - gains):.2f}", size(activations), f"1/{one_activations / activations:.2f}",
-                      size(buffers), f"{count:,}", size(volume))
+        weights, gradients, optimizer, state, activations, buffers, volume = (int(value) for value in row)
+        table.add_row(str(rank), short(weights), short(gradients), short(optimizer), short(state),
+                      f"1/{(one_state - gains) / (state - gains):.2f}", short(activations),
+                      f"1/{one_activations / activations:.2f}", short(buffers), short(volume))
     table.add_section()
-    table.add_row("alone", size(one_state / 4), size(one_state / 4), size(one_state / 2), size(one_state), "1",
-                  size(one_activations), "1", "", "", "")
-    table.caption = (f"share: of what one process holds alone; the norms' gains, {size(gains)} with their gradients and "
-                     "moments, are on every rank and left out of it")
+    table.add_row("alone", short(one_state / 4), short(one_state / 4), short(one_state / 2), short(one_state), "1",
+                  short(one_activations), "1", "", "")
+    table.caption = (f"sum: the largest that weights, gradients and moments were together. share: of what one process "
+                     f"holds alone; left out are the norms' gains, {short(gains)} with their gradients and moments, "
+                     f"which every rank holds. Rank 0 sent {messages:,} messages.")
     table.caption_justify = "left"
     return table

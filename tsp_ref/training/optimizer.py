@@ -1,4 +1,4 @@
-"""AdamW on the blocks that a rank owns, with warm-up, cosine decay and clipping. Elementwise, so no bit depends on N."""
+"""AdamW on the blocks that a rank owns, with warm-up, cosine and clipping. Elementwise, so no bit depends on N."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from ..arrays import Tiles
 from ..activations import Saved
+from ..arrays import Tiles
 from ..comm.communicator import Communicator
 from ..errors import UserError
 from ..model import Model
@@ -31,10 +31,13 @@ def choose_strategy(name: str, comm: Communicator, model: Model) -> Strategy:
     """The strategy called `name`, on these ranks."""
     if name == "single":
         if comm.size != 1:
-            raise UserError(f"--schedule single is one process, and this job has {comm.size} ranks: run it without mpirun, "
-                            "or use --schedule tsp")
-        calls = (single.model_forward, single.model_backward, single.gradient_norm)
-        return Strategy(*(partial(call, model) for call in calls))
+            raise UserError(f"--schedule single is one process, and this job has {comm.size} ranks: run it without "
+                            "mpirun, or use --schedule tsp")
+        return Strategy(
+            partial(single.model_forward, model),
+            partial(single.model_backward, model),
+            partial(single.gradient_norm, model),
+        )
     if name == "tsp":
         return Strategy(
             partial(tsp.model_forward, comm, model),

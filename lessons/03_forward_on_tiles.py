@@ -1,0 +1,445 @@
+"""The forward on tiles: a transformer cut in blocks of weights and tiles of tokens, and dealt to N ranks.
+
+Objective. Cut a sequence in tiles and the weights in blocks, compute a layer piece by piece, and see that the pieces
+add up to the textbook's whole arrays; see why the tiles are dealt out in zigzag; see that N ranks have the bits of one.
+
+    mpirun -n 4 python lessons/03_forward_on_tiles.py
+    python lessons/03_forward_on_tiles.py --ranks 4 --shuffle 7
+
+Every rank holds all weights here and projects all tiles to queries, keys and values, but attends, and has outputs and
+losses, only for its own slots. How weights are shared out, too, is another lesson.
+
+Look at: the causal work of each rank, contiguous against zigzag; the distance of each tile result from the whole-array
+maths; the bit patterns of a sum over blocks in random orders.
+
+Try it. In `project`, put each tile's keys and values where its slot is instead of where its text is: replace
+`model.grid.tokens(slot)` by `slice(slot * k.shape[2], (slot + 1) * k.shape[2])`. The checks "keys ..." and "values ..."
+still hold, tile by tile; "heads ..." and all that follows from them fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import partial
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from stage import Lesson, run
+
+from tsp_ref import threads
+from tsp_ref.arrays import Array, Tiles
+from tsp_ref.comm.communicator import Communicator
+from tsp_ref.comm.control import gather
+from tsp_ref.config import Config
+from tsp_ref.grid import Grid, share
+from tsp_ref.model import Model
+from tsp_ref.ops.attention import attend_forward, out_forward, qkv_forward
+from tsp_ref.ops.embedding import embed_forward
+from tsp_ref.ops.loss import logits_forward, merge_triples, token_losses
+from tsp_ref.ops.mlp import swiglu_forward
+from tsp_ref.ops.norm import rmsnorm_forward
+from tsp_ref.parameters import Parameters, attention_views, empty_parameters, mlp_views
+from tsp_ref.reference import naive, single
+from tsp_ref.tree import Tree
+
+SEED = 2604
+# In float64, so that a gap above the tolerance is a mistake and no rounding.
+CONFIG = Config(vocab_size=64, hidden_size=64, num_layers=2, num_heads=16, num_kv_heads=8, ffn_size=128, seq_len=64,
+                blocks=8, tiles=16, batch_size=2, dtype="float64")
+TOLERANCE = 1e-12
+ORDERS = 50
+
+
+class Tag(IntEnum):
+    """What slot p holds travels under the tag TILE + p."""
+
+    TILE = 10
+
+
+@dataclass
+class Stage:
+    """What every part of the lesson needs.
+
+    model    all slots and blocks, as one process has them
+    grid     what this rank owns
+    weights  all of them, on every rank
+    """
+
+    lesson: Lesson
+    model: Model
+    grid: Grid
+    weights: Parameters
+
+
+def set_up(lesson: Lesson) -> Stage:
+    """The same random weights on every rank; larger than a new model's, and no gain is one, so that each counts."""
+    model = Model(CONFIG, np)
+    generator = np.random.default_rng(SEED)
+    weights = empty_parameters(model, "weights")
+    for _, tensor in weights.tensors():
+        tensor[...] = generator.standard_normal(tensor.shape) * CONFIG.hidden_size**-0.5
+    weights.gains[...] = generator.uniform(0.5, 1.5, weights.gains.shape)
+    grid = Grid(CONFIG.blocks, CONFIG.tiles, CONFIG.tile_len, lesson.rank, lesson.size)
+    return Stage(lesson, model, grid, weights)
+
+
+def cut(grid: Grid, whole: Array, slots: range) -> Tiles:
+    """The tiles of some slots of a whole array [B, S, ...]."""
+    return {slot: whole[:, grid.tokens(slot)].copy() for slot in slots}
+
+
+# Parts 1 and 2: who owns which tiles, and what that costs.
+
+
+def show_slots(stage: Stage) -> None:
+    """Part 1."""
+    lesson, grid = stage.lesson, stage.grid
+    lesson.part("1. Tiles, slots, blocks")
+    lesson.say(f"S = {CONFIG.seq_len} tokens in T = {CONFIG.tiles} tiles of s = {CONFIG.tile_len}; each weight matrix "
+               f"in G = {CONFIG.blocks} blocks. T and G belong to the model; ranks only share out tiles and blocks.")
+    tiles = [grid.tile(slot) for slot in grid.slots]
+    lesson.say_from_all(f"slots {grid.slots.start:2} to {grid.slots.stop - 1:2} hold the tiles "
+                        + " ".join(f"{tile:2}" for tile in tiles))
+    covered = np.zeros(CONFIG.seq_len, dtype=np.int64)
+    for slot in grid.slots:
+        covered[grid.tokens(slot)] += 1
+    times = np.sum(gather(lesson.comm, covered), axis=0)
+    lesson.check("over all ranks, each token is in exactly one slot", bool(np.all(times == 1)))
+
+
+def pairs(tiles: list[int]) -> int:
+    """How many query-key pairs causal attention has for the queries of some tiles: position + 1 for each query."""
+    length = CONFIG.tile_len
+    return sum(position + 1 for tile in tiles for position in range(tile * length, (tile + 1) * length))
+
+
+def show_work(stage: Stage) -> None:
+    """Part 2."""
+    lesson, grid = stage.lesson, stage.grid
+    lesson.part("2. Causal work: why zigzag")
+    ranks = lesson.size if lesson.size > 1 else 4
+    dealt = [share(CONFIG.tiles, rank, ranks) for rank in range(ranks)]
+    contiguous = [list(slots) for slots in dealt]
+    zigzag = [[grid.tile(slot) for slot in slots] for slots in dealt]
+    lesson.say(f"Query-key pairs of one sequence for one head, on {ranks} ranks" + (":" if lesson.size > 1 else
+               " (one rank alone has them all; this is how four would share them):"))
+    lesson.say(work_table(contiguous, zigzag))
+    lesson.say("All wait for the rank with the most. In zigzag, slots 0 and 1, 2 and 3, and so on hold a cheap and a "
+               "dear tile each, and every such pair is the same work.")
+    by_formula = [[pairs(tiles) for tiles in way] for way in (contiguous, zigzag)]
+    visible = np.tri(CONFIG.seq_len, dtype=np.int64).reshape(CONFIG.tiles, -1).sum(axis=1)  # [T]
+    by_mask = [[int(visible[tiles].sum()) for tiles in way] for way in (contiguous, zigzag)]
+    lesson.check("the counts are those of the ones in a causal mask, and add up to S(S+1)/2", by_formula == by_mask
+                 and {sum(way) for way in by_formula} == {CONFIG.seq_len * (CONFIG.seq_len + 1) // 2})
+    lesson.check("the busiest rank has less to do in zigzag", max(by_formula[1]) < max(by_formula[0]))
+    of_pair = {pairs([grid.tile(slot), grid.tile(slot + 1)]) for slot in range(0, CONFIG.tiles, 2)}
+    lesson.check("every pair of slots is the same work", len(of_pair) == 1)
+    if CONFIG.tiles % (2 * ranks) == 0:
+        lesson.check("every rank has whole pairs here, so all have exactly the same", len(set(by_formula[1])) == 1)
+
+
+def work_table(contiguous: list[list[int]], zigzag: list[list[int]]) -> Table:
+    """A row for each rank."""
+    mean = pairs(list(range(CONFIG.tiles))) / len(zigzag)
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("rank", "contiguous", "of the mean", "zigzag", "of the mean"):
+        table.add_column(heading, justify="right")
+    for rank, ways in enumerate(zip(contiguous, zigzag)):
+        counts = [pairs(tiles) for tiles in ways]
+        table.add_row(str(rank), *(text for count in counts for text in (f"{count:,}", f"{count / mean:.2f}")))
+    return table
+
+
+# Part 3: one layer on tiles.
+
+
+@dataclass
+class Kept:
+    """The results of one layer on tiles: by (block, slot), or by slot where the blocks are summed up."""
+
+    norm: Tiles = field(default_factory=dict)
+    queries: dict[tuple[int, int], Array] = field(default_factory=dict)
+    keys: dict[tuple[int, int], Array] = field(default_factory=dict)
+    values: dict[tuple[int, int], Array] = field(default_factory=dict)
+    heads: dict[tuple[int, int], Array] = field(default_factory=dict)
+    of_block: dict[tuple[int, int], Array] = field(default_factory=dict)
+    attention: Tiles = field(default_factory=dict)
+    mlp_norm: Tiles = field(default_factory=dict)
+    mlp: Tiles = field(default_factory=dict)
+
+
+def blocks_in_turn(grid: Grid) -> Iterator[int]:
+    """All blocks, this rank's own first and then its left neighbours', as a ring would bring them."""
+    for step in range(grid.size):
+        yield from grid.blocks_of((grid.rank - step) % grid.size)
+
+
+def project(model: Model, normed: Tiles, wqkv: Array, block: int, kept: Kept) -> tuple[Array, Array]:
+    """Queries of every tile; keys and values [B, K/G, S, e] of the whole sequence, in the order of the text."""
+    shape = (CONFIG.batch_size, CONFIG.kv_heads_per_block, CONFIG.seq_len, CONFIG.head_dim)
+    keys, values = np.empty(shape), np.empty(shape)  # [B, K/G, S, e], [B, K/G, S, e]
+    for slot, tile in normed.items():
+        q, k, v = qkv_forward(np, tile, wqkv, model.rotary[slot], CONFIG.group_size)
+        kept.queries[block, slot], kept.keys[block, slot], kept.values[block, slot] = q, k, v
+        place = model.grid.tokens(slot)
+        keys[:, :, place], values[:, :, place] = k, v
+    return keys, values
+
+
+def attention_on_tiles(stage: Stage, x: Tiles, layer: int, kept: Kept) -> Tiles:
+    """x: every slot -> [B, s, h]. Returns x plus attention for this rank's slots."""
+    model, grid, gain = stage.model, stage.grid, stage.weights.gains[2 * layer]
+    kept.norm = {slot: rmsnorm_forward(np, tile, gain, CONFIG.norm_eps)[0] for slot, tile in x.items()}
+    sums = {slot: Tree[Array](range(CONFIG.blocks)) for slot in grid.slots}
+    for block in blocks_in_turn(grid):
+        wqkv, wo = attention_views(CONFIG, stage.weights.attention[layer][block])
+        keys, values = project(model, kept.norm, wqkv, block, kept)
+        for slot in grid.slots:
+            n = grid.visible(slot)  # later keys are not masked: they are never looked at
+            heads, _ = attend_forward(np, kept.queries[block, slot], keys[:, :, :n], values[:, :, :n], model.mask)
+            y = out_forward(np, heads, wo, CONFIG.tile_len)  # [B, K/G, g*s, e] -> [B, s, h]
+            kept.heads[block, slot], kept.of_block[block, slot] = heads, y
+            sums[slot].add(block, y.copy())  # the tree adds in place
+    kept.attention = {slot: tree.total for slot, tree in sums.items()}
+    return {slot: x[slot] + kept.attention[slot] for slot in grid.slots}
+
+
+def mlp_on_tiles(stage: Stage, x: Tiles, layer: int, kept: Kept) -> Tiles:
+    """x: this rank's slots -> [B, s, h]. Returns x plus the feed-forward part; no tile looks at another."""
+    grid, gain = stage.grid, stage.weights.gains[2 * layer + 1]
+    kept.mlp_norm = {slot: rmsnorm_forward(np, x[slot], gain, CONFIG.norm_eps)[0] for slot in grid.slots}
+    sums = {slot: Tree[Array](range(CONFIG.blocks)) for slot in grid.slots}
+    for block in blocks_in_turn(grid):
+        gate_up, down = mlp_views(CONFIG, stage.weights.mlp[layer][block])
+        for slot in grid.slots:
+            sums[slot].add(block, swiglu_forward(np, kept.mlp_norm[slot], gate_up, down)[0])
+    kept.mlp = {slot: tree.total for slot, tree in sums.items()}
+    return {slot: x[slot] + kept.mlp[slot] for slot in grid.slots}
+
+
+def whole_layer(x: Array, w: naive.Weights, gains: Array) -> dict[str, Array]:
+    """The textbook: one layer on whole arrays, x [B, S, h], with all S x S scores."""
+    e, g, theta = CONFIG.head_dim, CONFIG.group_size, CONFIG.rope_theta
+    a = x / naive.rms(x, CONFIG.norm_eps) * gains[0]
+    q = naive.rotate(naive.split(a @ w["wq"], e), theta)  # [B, S, h] -> [B, H, S, e]
+    k = naive.rotate(naive.split(a @ w["wk"], e), theta)  # [B, S, h] -> [B, K, S, e]
+    v = naive.split(a @ w["wv"], e)  # [B, S, h] -> [B, K, S, e]
+    scores = q @ k.repeat(g, 1).swapaxes(-1, -2) / e**0.5  # [B, H, S, e] -> [B, H, S, S]
+    scores[..., np.tri(x.shape[1], dtype=np.float64) == 0] = -np.inf
+    heads = naive.softmax(scores) @ v.repeat(g, 1)  # [B, H, S, S] -> [B, H, S, e]
+    attention = naive.join(heads) @ w["wo"]  # [B, H, S, e] -> [B, S, h]
+    middle = x + attention
+    b = middle / naive.rms(middle, CONFIG.norm_eps) * gains[1]
+    gate = b @ w["gate"]  # [B, S, h] -> [B, S, f]
+    mlp = (gate / (1 + np.exp(-gate)) * (b @ w["up"])) @ w["down"]  # [B, S, f] -> [B, S, h]
+    return {"norm": a, "queries": q, "keys": k, "values": v, "heads": heads, "attention": attention, "mlp_norm": b,
+            "mlp": mlp}
+
+
+def gap(found: dict[int, Array] | dict[tuple[int, int], Array], whole: Array, grid: Grid) -> float:
+    """The largest difference of any piece from its place in a whole array, relative to the array's largest entry."""
+    differences = []
+    for key, piece in found.items():
+        if isinstance(key, tuple):  # of a whole array of heads: this block's heads, this slot's tokens
+            count = whole.shape[1] // CONFIG.blocks
+            place = whole[:, key[0] * count : (key[0] + 1) * count, grid.tokens(key[1])]
+        else:
+            place = whole[:, grid.tokens(key)]
+        differences.append(np.max(np.abs(piece.reshape(place.shape) - place)))
+    return float(np.max(differences) / np.max(np.abs(whole)))
+
+
+def show_layer(stage: Stage) -> Kept:
+    """Part 3."""
+    lesson, grid = stage.lesson, stage.grid
+    lesson.part("3. One layer on tiles, against whole arrays")
+    shape = (CONFIG.batch_size, CONFIG.seq_len, CONFIG.hidden_size)
+    x = np.random.default_rng([SEED, 1]).standard_normal(shape)  # [B, S, h]
+    kept = Kept()
+    middle = attention_on_tiles(stage, cut(grid, x, range(CONFIG.tiles)), 0, kept)
+    mlp_on_tiles(stage, middle, 0, kept)
+    wanted = whole_layer(x, naive.assemble(CONFIG, stage.weights)["layers"][0], stage.weights.gains[:2])
+    lesson.say("Each rank compares all it has computed. A gap is the largest difference from the whole arrays, in "
+               f"float64, relative to their largest entry, on the worst rank; at most {TOLERANCE:.0e} is allowed.")
+    for name, whole in wanted.items():
+        found = getattr(kept, name)
+        worst = np.max(gather(lesson.comm, np.array([gap(found, whole, grid)])))
+        pieces = sum(int(row[0]) for row in gather(lesson.comm, np.array([len(found)], dtype=np.int64)))
+        lesson.check(f"{name}: {pieces:,} tile results, largest gap {worst:.1e}", bool(worst <= TOLERANCE))
+    return kept
+
+
+# Part 4: any order of blocks.
+
+
+def patterns(arrays: list[Array]) -> set[bytes]:
+    """The different bit patterns among arrays."""
+    return {array.tobytes() for array in arrays}
+
+
+def one_by_one(partials: list[Array], order: Array) -> Array:
+    """The sum in the order given."""
+    total = np.zeros_like(partials[0])
+    for block in order:
+        total += partials[block]
+    return total
+
+
+def in_the_tree(partials: list[Array], order: Array) -> Array:
+    """The sum by the tree, fed in the order given."""
+    tree = Tree[Array](range(CONFIG.blocks))
+    for block in order:
+        tree.add(int(block), partials[block].copy())
+    return tree.total
+
+
+def show_orders(stage: Stage, kept: Kept) -> None:
+    """Part 4."""
+    lesson, grid = stage.lesson, stage.grid
+    lesson.part("4. Any order of blocks")
+    lesson.say(f"A tile's attention is a sum over G = {CONFIG.blocks} blocks of heads. In part 3 a rank took its own "
+               f"blocks first; now it adds up each of its tiles in {ORDERS} random orders. Each rank's first slot:")
+    generator = np.random.default_rng([SEED, 2])
+    orders = [generator.permutation(CONFIG.blocks) for _ in range(ORDERS)]
+    naive_patterns, tree_patterns = {}, {}
+    for slot in grid.slots:
+        partials = [kept.of_block[block, slot] for block in range(CONFIG.blocks)]
+        naive_patterns[slot] = patterns([one_by_one(partials, order) for order in orders])
+        tree_patterns[slot] = patterns([in_the_tree(partials, order) for order in orders])
+    first = grid.slots[0]
+    several, one = len(naive_patterns[first]), len(tree_patterns[first])
+    lesson.say_from_all(f"blocks taken in the order {' '.join(map(str, blocks_in_turn(grid)))}; slot {first:2}: "
+                        f"{several} bit patterns one by one, {one} by the tree")
+    lesson.check("one by one, each tile has several patterns", all(len(found) > 1 for found in naive_patterns.values()))
+    lesson.check("by the tree each tile has one, the one of part 3",
+                 all(tree_patterns[slot] == {kept.attention[slot].tobytes()} for slot in grid.slots))
+
+
+# Part 5: the whole model.
+
+
+@dataclass
+class Course:
+    """A whole forward on one rank.
+
+    inputs  what goes into each layer's attention, into its MLP, and last into the head: slot -> [B, s, h] each
+    losses  slot -> [B*s]
+    """
+
+    inputs: list[Tiles]
+    losses: Tiles
+    loss: float
+
+
+def exchange_tiles(comm: Communicator, grid: Grid, own: Tiles) -> Tiles:
+    """Every rank's tiles on every rank: here so that each can compute all keys and values by itself."""
+    tiles, requests = dict(own), []
+    for peer in grid.others:
+        for slot in grid.slots_of(peer):
+            tiles[slot] = np.empty_like(own[grid.slots[0]])
+            requests.append(comm.Irecv(tiles[slot], peer, Tag.TILE + slot))
+        requests += [comm.Isend(tile, peer, Tag.TILE + slot) for slot, tile in own.items()]
+    comm.Waitall(requests)
+    return tiles
+
+
+def embedding_on_tiles(stage: Stage, tokens: Tiles) -> Tiles:
+    """tokens: slot -> [B, s]. A block has the rows of its own part of the vocabulary, and adds zeros for the rest."""
+    x: Tiles = {}
+    for slot, tile in tokens.items():
+        tree = Tree[Array](range(CONFIG.blocks))
+        for block in blocks_in_turn(stage.grid):
+            table = stage.weights.embedding[block]
+            rows = embed_forward(np, tile, table, block * len(table))  # [B, s] -> [B, s, h]
+            tree.add(block, rows)
+        x[slot] = tree.total
+    return x
+
+
+def head_on_tiles(stage: Stage, x: Tiles, targets: Tiles) -> Tiles:
+    """Each token's loss, slot -> [B*s]; the tree merges (largest, sum, target's logit) of the blocks' logits."""
+    losses: Tiles = {}
+    for slot, tile in x.items():
+        last, _ = rmsnorm_forward(np, tile, stage.weights.gains[-1], CONFIG.norm_eps)
+        tree = Tree[Array](range(CONFIG.blocks), partial(merge_triples, np))
+        for block in blocks_in_turn(stage.grid):
+            table = stage.weights.head_table[block]
+            triple = logits_forward(np, last, table, targets[slot], block * len(table))  # [B, s, h] -> [3, B*s]
+            tree.add(block, triple)
+        losses[slot], _ = token_losses(np, tree.total)
+    return losses
+
+
+def mean_loss(comm: Communicator, grid: Grid, losses: Tiles) -> float:
+    """The mean over all tokens of all ranks: each slot's sum is a leaf of one tree, on every rank."""
+    sums = exchange_tiles(comm, grid, {slot: np.sum(tile, keepdims=True) for slot, tile in losses.items()})
+    tree = Tree[Array](range(CONFIG.tiles))
+    for slot, leaf in sums.items():
+        tree.add(slot, leaf.copy())
+    return float(tree.total[0]) / (CONFIG.batch_size * CONFIG.seq_len)
+
+
+def forward(stage: Stage, tokens: Array, targets: Array) -> Course:
+    """tokens, targets [B, S]."""
+    comm, grid = stage.lesson.comm, stage.grid
+    inputs = [embedding_on_tiles(stage, cut(grid, tokens, grid.slots))]
+    for layer in range(CONFIG.num_layers):
+        everyone = exchange_tiles(comm, grid, inputs[-1])
+        inputs.append(attention_on_tiles(stage, everyone, layer, Kept()))
+        inputs.append(mlp_on_tiles(stage, inputs[-1], layer, Kept()))
+    losses = head_on_tiles(stage, inputs[-1], cut(grid, targets, grid.slots))
+    return Course(inputs, losses, mean_loss(comm, grid, losses))
+
+
+def one_process(stage: Stage, tokens: Array, targets: Array) -> Course:
+    """The same by `reference.single`, which knows no rank, on every rank for itself."""
+    slots = range(CONFIG.tiles)
+    grid = stage.model.grid
+    loss, saved = single.model_forward(stage.model, stage.weights, cut(grid, tokens, slots), cut(grid, targets, slots))
+    parts = [part.x for layer in zip(saved.attention, saved.mlp) for part in layer]
+    return Course([*parts, saved.head.x], {}, loss)
+
+
+def show_model(stage: Stage) -> None:
+    """Part 5."""
+    lesson, grid = stage.lesson, stage.grid
+    lesson.part(f"5. The whole model: embedding, {CONFIG.num_layers} layers, head")
+    generator = np.random.default_rng([SEED, 3])
+    tokens, targets = generator.integers(0, CONFIG.vocab_size, (2, CONFIG.batch_size, CONFIG.seq_len), dtype=np.int64)
+    course, alone = forward(stage, tokens, targets), one_process(stage, tokens, targets)
+    textbook = naive.loss_and_gradients(CONFIG, naive.assemble(CONFIG, stage.weights), tokens, targets)
+    logits = textbook["logits"]  # [B, S, V]
+    target = np.take_along_axis(logits, targets[..., None], -1)[..., 0]  # [B, S, V] -> [B, S]
+    wanted = np.log(np.exp(logits).sum(-1)) - target  # [B, S, V] -> [B, S]
+    embedded = naive.assemble(CONFIG, stage.weights)["embedding"][tokens]  # [B, S] -> [B, S, h]
+    lesson.say(f"Mean loss in nats: {course.loss!r} on tiles, {alone.loss!r} in one process, {textbook['loss']!r} on "
+               "whole arrays.")
+    rows = cut(grid, embedded, grid.slots)
+    lesson.check("the embedding is the table's rows, bit for bit: one block has the row, the others add zeros",
+                 all(tile.tobytes() == rows[slot].tobytes() for slot, tile in course.inputs[0].items()))
+    lesson.check(f"each token's loss is that of whole arrays, within {TOLERANCE:.0e} of the largest",
+                 gap(course.losses, wanted, grid) <= TOLERANCE)
+    lesson.check(f"so is the mean, within {TOLERANCE:.0e}", abs(course.loss / textbook["loss"] - 1) <= TOLERANCE)
+    lesson.check(f"every tile between the parts has the bits of one process, and so has the loss (N = {lesson.size})",
+                 np.float64(course.loss).tobytes() == np.float64(alone.loss).tobytes()
+                 and all(one[slot].tobytes() == other[slot].tobytes()
+                         for one, other in zip(course.inputs, alone.inputs, strict=True) for slot in grid.slots))
+
+
+def main(lesson: Lesson) -> None:
+    """The lesson on one rank."""
+    threads.require_one("this lesson")
+    CONFIG.require_ranks(lesson.size)
+    stage = set_up(lesson)
+    show_slots(stage)
+    show_work(stage)
+    kept = show_layer(stage)
+    show_orders(stage, kept)
+    show_model(stage)
+
+
+if __name__ == "__main__":
+    run(__doc__, main)

@@ -1,0 +1,349 @@
+"""TSP attention: heads come to the tokens, and only keys and values cross between tokens.
+
+Objective: after this lesson you can say what a rank sends in a TSP attention, write both exchanges yourself, and
+explain why nothing has to be summed over ranks at the end. (The broadcast of heads and the exchange of keys and values
+are those of arXiv 2604.26294; the fixed order of the sum over heads is this project's.)
+
+    mpirun -n 4 python lessons/06_tsp_attention.py
+    python lessons/06_tsp_attention.py --ranks 4 --shuffle 7
+
+Look at: who owns which heads and which tokens; the steps, one for each owner of heads; the bytes of weights, which grow
+with h * h, and of keys and values, which grow with the number of tokens and shrink with grouped-query attention; and
+the last part, which asks whose sum each output is.
+
+Try it: in `exchange`, put keys and values where they come in the order of slots, not where they belong in the text:
+replace `grid.tokens(slot)` by `slice(slot * length, (slot + 1) * length)`. Every byte still arrives, and the checks of
+bytes hold. Three checks fail for each model, with one rank as with four: that keys and values lie in the order of the
+text, that the output's bits are the single process's, and that plain causal attention agrees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from stage import Lesson, run
+
+from tsp_ref.activations import AttentionSaved
+from tsp_ref.arrays import Array, Tiles
+from tsp_ref.comm.communicator import Communicator, Request
+from tsp_ref.comm.control import gather
+from tsp_ref.config import Config, make_config
+from tsp_ref.grid import Grid
+from tsp_ref.model import Model
+from tsp_ref.ops.attention import attend_forward, out_forward, qkv_forward
+from tsp_ref.parameters import Parameters, attention_views, initial_parameters
+from tsp_ref.reference import naive, single
+from tsp_ref.tilewise import add_residual, normalise
+from tsp_ref.tree import Tree
+
+FULL = make_config("tiny", num_layers=1, hidden_size=128, num_heads=16, num_kv_heads=16)
+GROUPED = make_config("tiny", num_layers=1, hidden_size=128, num_heads=16, num_kv_heads=8)
+TOLERANCE = 1e-5
+
+
+class Tag(IntEnum):
+    """What the messages of this lesson are about."""
+
+    WEIGHTS = 1
+    KEYS_VALUES = 2
+
+
+@dataclass
+class Notes:
+    """What the lesson writes down while attention runs; attention itself never reads it.
+
+    leaves       slot -> how many terms of its sum over blocks of heads were computed here
+    keys_values  block -> [2, B, K/G, S, e], as they lay when its heads were at hand
+    """
+
+    leaves: dict[int, int] = field(default_factory=dict)
+    keys_values: dict[int, Array] = field(default_factory=dict)
+
+
+def tiles(config: Config, grid: Grid) -> Tiles:
+    """Random tiles [B, s, h], drawn by slot, so that all ranks agree and none draws a tile that it does not own."""
+    shape = (config.batch_size, config.tile_len, config.hidden_size)
+    return {slot: np.random.default_rng([6, slot]).standard_normal(shape, dtype=np.float32) for slot in grid.slots}
+
+
+def layer_weights(model: Model) -> Parameters:
+    """The initial weights, the attention's four times as large: some queries then clearly prefer some keys."""
+    weights = initial_parameters(model)
+    weights.attention[0] *= 4
+    return weights
+
+
+# TSP attention.
+
+
+def attention(comm: Communicator, model: Model, x: Tiles, weights: Parameters, notes: Notes) -> Tiles:
+    """x plus the attention of the normalised x, for this rank's slots: slot -> [B, s, h]."""
+    grid, shard = model.grid, weights.attention[0]
+    normed = normalise(model, x, weights.gains[0])
+    output = {slot: Tree[Array](range(model.config.blocks)) for slot in grid.slots}
+    coming, requests = broadcast(comm, model, shard, 0)
+    for owner in range(grid.size):
+        comm.Waitall(requests)
+        held = coming
+        if owner + 1 < grid.size:
+            # The next owner's heads travel while these are at work.
+            coming, requests = broadcast(comm, model, shard, owner + 1)
+        q, own = project(model, normed, held)
+        whole = exchange(comm, model, own)
+        for position, block in enumerate(grid.blocks_of(owner)):
+            notes.keys_values[block] = whole[position].copy()
+            _, wo = attention_views(model.config, held[position])  # -> [H/G*e, h]
+            attend(model, q, whole[position], wo, block, position, output, notes)
+    return add_residual(model, x, output)
+
+
+def broadcast(comm: Communicator, model: Model, shard: Array, owner: int) -> tuple[Array, list[Request]]:
+    """Start to bring an owner's packed {wq, wk, wv, wo} blocks to every rank: where they will lie, and the messages."""
+    grid = model.grid
+    if owner == grid.rank:
+        return shard, [comm.Isend(shard, peer, Tag.WEIGHTS) for peer in grid.others]
+    coming = model.empty("buffers", len(grid.blocks_of(owner)), shard.shape[1])
+    return coming, [comm.Irecv(coming, owner, Tag.WEIGHTS)]
+
+
+def project(model: Model, normed: Tiles, held: Array) -> tuple[dict[tuple[int, int], Array], Array]:
+    """The heads at hand for this rank's tokens: queries by (position of the block, slot), and its keys and values."""
+    config, grid = model.config, model.grid
+    q: dict[tuple[int, int], Array] = {}
+    own = model.empty("buffers", len(held), len(grid.slots), 2, config.batch_size, config.kv_heads_per_block,
+                      config.tile_len, config.head_dim)
+    for position, packed in enumerate(held):
+        wqkv, _ = attention_views(config, packed)  # -> [h, (H+2*K)/G*e]
+        for number, slot in enumerate(grid.slots):
+            q[position, slot], k, v = qkv_forward(np, normed[slot], wqkv, model.rotary[slot], config.group_size)
+            own[position, number, 0] = k
+            own[position, number, 1] = v
+    return q, own
+
+
+def exchange(comm: Communicator, model: Model, own: Array) -> Array:
+    """Keys and values of the heads at hand, over the whole sequence and in the order of the text.
+
+    own [n, this rank's slots, 2, B, K/G, s, e] -> [n, 2, B, K/G, S, e].
+    """
+    grid = model.grid
+    blocks, _, two, batch, heads, length, head_dim = own.shape
+    whole = model.empty("buffers", blocks, two, batch, heads, grid.num_tiles * length, head_dim)
+    parts = {peer: model.empty("buffers", blocks, len(grid.slots_of(peer)), *own.shape[2:]) for peer in grid.others}
+    requests = [comm.Irecv(parts[peer], peer, Tag.KEYS_VALUES) for peer in grid.others]
+    requests += [comm.Isend(own, peer, Tag.KEYS_VALUES) for peer in grid.others]
+    comm.Waitall(requests)
+    parts[grid.rank] = own
+    for peer, part in parts.items():
+        for number, slot in enumerate(grid.slots_of(peer)):
+            # Slots are dealt out zigzag, so neighbours in a message are not neighbours in the text.
+            whole[:, :, :, :, grid.tokens(slot)] = part[:, number]
+    return whole
+
+
+def attend(
+    model: Model, q: dict[tuple[int, int], Array], whole: Array, wo: Array, block: int, position: int,
+    output: dict[int, Tree[Array]], notes: Notes,
+) -> None:
+    """One block of heads for this rank's tokens; what they write is one leaf of each tile's sum over blocks."""
+    for slot in model.grid.slots:
+        # A tile of queries has all its keys at hand, so one softmax over them is enough: nothing to merge later.
+        k, v = whole[:, :, :, : model.grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
+        heads, _ = attend_forward(np, q[position, slot], k, v, model.mask)  # -> [B, K/G, g*s, e], [B, K/G, g*s, 1]
+        output[slot].add(block, out_forward(np, heads, wo, model.config.tile_len))  # [B, K/G, g*s, e] -> [B, s, h]
+        notes.leaves[slot] = notes.leaves.get(slot, 0) + 1
+
+
+# What the checks compare with.
+
+
+@dataclass
+class Judge:
+    """One process that owns everything, on every rank; and the textbook formula on whole arrays."""
+
+    model: Model
+    weights: Parameters
+    output: Tiles
+    saved: AttentionSaved
+    plain: Array  # [B, S, h] in float64
+
+
+def judge(config: Config) -> Judge:
+    """`reference.single` and plain causal attention, on the whole layer."""
+    model = Model(config, np)
+    weights, x = layer_weights(model), tiles(config, model.grid)
+    output, saved = single.attention_forward(model, x, weights, 0)
+    whole = np.zeros((config.batch_size, config.seq_len, config.hidden_size), dtype=np.float64)
+    for slot, tile in x.items():
+        whole[:, model.grid.tokens(slot)] = tile
+    return Judge(model, weights, output, saved, plain_attention(config, whole, weights))
+
+
+def plain_attention(config: Config, x: Array, weights: Parameters) -> Array:
+    """Whole arrays in float64: every head's [S, S] scores, a mask, a softmax; keys repeated for their query heads."""
+    layer = naive.assemble(config, weights)["layers"][0]
+    w = {name: layer[name].astype(np.float64) for name in ("wq", "wk", "wv", "wo")}
+    normed = x / naive.rms(x, config.norm_eps) * weights.gains[0].astype(np.float64)
+    q, k, v = (naive.split(normed @ w[name], config.head_dim) for name in ("wq", "wk", "wv"))
+    q, k = naive.rotate(q, config.rope_theta), naive.rotate(k, config.rope_theta)
+    k, v = k.repeat(config.group_size, axis=1), v.repeat(config.group_size, axis=1)  # -> [B, H, S, e], [B, H, S, e]
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(config.head_dim)  # [B, H, S, e] -> [B, H, S, S]
+    future = np.triu(np.ones((config.seq_len, config.seq_len), dtype=bool), 1)  # [S, S]
+    probs = naive.softmax(np.where(future, -np.inf, scores))
+    return x + naive.join(probs @ v) @ w["wo"]  # -> [B, S, h]
+
+
+def relative_gap(found: Array, wanted: Array) -> float:
+    """The largest difference, relative to the largest value."""
+    return float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)))
+
+
+def counts(comm: Communicator) -> Array:
+    """(messages, bytes) so far, sent and received, of weights, of keys and values, and of all tags: [2, 3, 2]."""
+    kinds = ("WEIGHTS", "KEYS_VALUES", None)
+    return np.array([[comm.ledger.sums(verb, kind) for kind in kinds] for verb in ("send", "receive")], dtype=np.int64)
+
+
+# The lesson.
+
+
+def names(numbers: range | list[int]) -> str:
+    """A range as `2-4`, other numbers one by one."""
+    listed = list(numbers)
+    if isinstance(numbers, range) and len(listed) > 1:
+        return f"{listed[0]}-{listed[-1]}"
+    return ",".join(map(str, listed))
+
+
+def show_owners(lesson: Lesson, config: Config, grid: Grid) -> None:
+    """Part 1."""
+    lesson.part("Who owns what")
+    lesson.say(f"{config.num_heads} query heads of size {config.head_dim} in G={config.blocks} packed blocks "
+               f"{{wq, wk, wv, wo}}; {config.seq_len} tokens in T={config.tiles} tiles of {config.tile_len}.\n"
+               "Slots hold the tiles zigzag: a cheap tile of queries, which sees few keys, beside a dear one.")
+    dealt = [grid.tile(slot) for slot in grid.slots]
+    lesson.say_from_all(f"blocks {names(grid.blocks)}; slots {names(grid.slots)} are tiles {names(dealt)}, "
+                        f"which see {sum(tile + 1 for tile in dealt)} tiles of keys")
+    pairs = {grid.visible(slot) + grid.visible(slot + 1) for slot in range(0, config.tiles, 2)}
+    lesson.check("every pair of slots 2k, 2k+1 sees S + s keys, so equal numbers of pairs are equal work",
+                 pairs == {config.seq_len + config.tile_len})
+
+
+def show_steps(lesson: Lesson, config: Config, grid: Grid) -> None:
+    """Part 2: what happens when, in the words of the code above."""
+    lesson.part("Step by step")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for heading in ("step", "broadcast by", "blocks", "query heads", "then each rank sends each other"):
+        table.add_column(heading, no_wrap=True)
+    per_block = config.num_heads // config.blocks
+    for owner in range(grid.size):
+        blocks = grid.blocks_of(owner)
+        heads = range(blocks.start * per_block, blocks.stop * per_block)
+        table.add_row(str(owner), f"rank {owner}" if grid.size > 1 else "nobody", names(blocks), names(heads),
+                      "its tokens' keys and values of these heads" if grid.size > 1 else "nothing: it is alone")
+    lesson.say(table)
+    lesson.say("In each step every rank attends with these heads, from its own queries to all keys that they see.")
+
+
+def show_bytes(lesson: Lesson, config: Config, grid: Grid, used: Array) -> None:
+    """What was sent and received, against formulas in sizes and in what rank r owns: n blocks and t slots."""
+    itemsize = np.dtype(config.dtype).itemsize
+    keys = config.num_kv_heads * config.head_dim
+    block = config.hidden_size * (2 * config.hidden_size + 2 * keys) // config.blocks * itemsize
+    slot = 2 * config.batch_size * config.tile_len * keys * itemsize
+    owned, slots, others = len(grid.blocks), len(grid.slots), grid.size - 1
+    (weights, kv, _), (weights_in, kv_in, _) = used.tolist()
+    lesson.say(f"A block of weights is h(2h + 2Ke)/G numbers, {block:,} bytes; keys and values of a slot, all heads "
+               f"together,\nare 2BsKe numbers, {slot:,} bytes. Rank r owns n blocks and t slots: these go to N-1 "
+               "others, and the rest comes.")
+    lesson.say_from_all(f"weights sent {weights[1]:,}, received {weights_in[1]:,}; "
+                        f"keys and values sent {kv[1]:,}, received {kv_in[1]:,}")
+    lesson.check("weights: bytes sent = (N-1) n blocks, received = (G-n) blocks",
+                 (weights[1], weights_in[1]) == (others * owned * block, (config.blocks - owned) * block))
+    lesson.check("keys and values: bytes sent = (N-1) t slots, received = (T-t) slots",
+                 (kv[1], kv_in[1]) == (others * slots * slot, (config.tiles - slots) * slot))
+    lesson.check("messages sent = N-1 of weights, N(N-1) of keys and values",
+                 (weights[0], kv[0]) == (others, grid.size * others))
+
+
+def show_output(lesson: Lesson, output: Tiles, notes: Notes, truth: Judge) -> None:
+    """Bits and closeness."""
+    gap = max(relative_gap(tile, truth.plain[:, truth.model.grid.tokens(slot)]) for slot, tile in output.items())
+    lesson.say("Largest distance from plain causal attention in float64, relative to the largest value:")
+    lesson.say_from_all(f"{gap:.1e}")
+    lesson.check("keys and values lay in the order of the text, every bit the single process's",
+                 all(notes.keys_values[block].tobytes() == kv.tobytes() for block, kv in truth.saved.packed.items()))
+    lesson.check("every bit of this rank's tokens equals the single process's",
+                 all(tile.tobytes() == truth.output[slot].tobytes() for slot, tile in output.items()))
+    lesson.check(f"and plain causal attention agrees within {TOLERANCE:g}", gap < TOLERANCE)
+
+
+def own_heads_only(model: Model, truth: Judge) -> Tiles:
+    """What this rank's own heads alone add to its tokens: all that it could know if heads did not travel."""
+    grid, config = model.grid, model.config
+    sums = {slot: Tree[Array](grid.blocks) for slot in grid.slots}
+    for block in grid.blocks:
+        _, wo = attention_views(config, truth.weights.attention[0][block])  # -> [H/G*e, h]
+        for slot in grid.slots:
+            sums[slot].add(block, out_forward(np, truth.saved.heads[block, slot], wo, config.tile_len))
+    return {slot: truth.saved.x[slot] + tree.total for slot, tree in sums.items()}
+
+
+def show_no_reduce(lesson: Lesson, model: Model, output: Tiles, notes: Notes, used: Array, truth: Judge) -> None:
+    """The last part: whose sum an output is."""
+    lesson.part("Why nothing is summed over ranks")
+    config, grid = model.config, model.grid
+    lesson.say(f"An output token is a sum over all {config.blocks} blocks of heads. Tensor parallelism leaves heads "
+               "where\nthey are, so every rank has a part of every token's sum, and an all-reduce must add them up.\n"
+               "Here all heads come to the token's owner, who then has every term. Terms that each rank computed,\n"
+               "and how far its own heads alone would be from the output, relative to the largest value:")
+    partial = own_heads_only(model, truth)
+    missing = max(relative_gap(partial[slot], tile) for slot, tile in output.items())
+    lesson.say_from_all(f"{min(notes.leaves.values())} of {config.blocks} terms for each of {len(grid.slots)} tiles; "
+                        f"own heads alone: {missing:.2f}")
+    mine = np.array([slot in grid.slots for slot in range(config.tiles)], dtype=np.int64)
+    lesson.check("every tile of tokens has exactly one owner", bool(np.all(sum(gather(lesson.comm, mine)) == 1)))
+    lesson.check("that owner computed all G terms of its sum",
+                 notes.leaves == dict.fromkeys(grid.slots, config.blocks))
+    lesson.check("no message carried anything but weights, keys and values",
+                 used[:, 2].tolist() == (used[:, 0] + used[:, 1]).tolist())
+    if grid.size > 1:
+        lesson.check("own heads alone are not the output: off by more than 0.01", missing > 0.01)
+    else:
+        lesson.check("a single rank's own heads are all heads: its sum is the output, every bit",
+                     all(partial[slot].tobytes() == tile.tobytes() for slot, tile in output.items()))
+
+
+def measured_attention(lesson: Lesson, model: Model, notes: Notes) -> tuple[Tiles, Array]:
+    """The output, and what its messages were."""
+    x, weights = tiles(model.config, model.grid), layer_weights(model)
+    before = counts(lesson.comm)
+    output = attention(lesson.comm, model, x, weights, notes)
+    return output, counts(lesson.comm) - before
+
+
+def main(lesson: Lesson) -> None:
+    """The lesson, part by part."""
+    grid = Model(FULL, np, lesson.rank, lesson.size).grid
+    show_owners(lesson, FULL, grid)
+    show_steps(lesson, FULL, grid)
+    volumes = []
+    for config in (FULL, GROUPED):
+        lesson.part(f"{config.num_heads} query heads, {config.num_kv_heads} key/value heads: g = {config.group_size}")
+        model, truth, notes = Model(config, np, lesson.rank, lesson.size), judge(config), Notes()
+        output, used = measured_attention(lesson, model, notes)
+        show_bytes(lesson, config, grid, used)
+        show_output(lesson, output, notes, truth)
+        volumes.append([used[0, 1, 1], sum(kv.nbytes for kv in notes.keys_values.values())])
+    fewer = GROUPED.group_size
+    lesson.check(f"g = {fewer}: keys and values, those sent and those at hand, are 1/{fewer} of those at g = 1",
+                 volumes[0] == [fewer * volume for volume in volumes[1]])
+    show_no_reduce(lesson, model, output, notes, used, truth)
+
+
+if __name__ == "__main__":
+    run(__doc__, main)

@@ -1,0 +1,211 @@
+"""One bit pattern on any number of ranks, and how a sum in order of arrival loses it.
+
+Objective: after this lesson you can say what makes N ranks train bit for bit what one process trains, and what it
+looks like when a program only nearly does.
+
+    mpirun -n 4 python lessons/07_one_bit_pattern.py
+    python lessons/07_one_bit_pattern.py --ranks 4 --shuffle 7
+
+Look at: the digests of the first table, a SHA-256 over the bits of all losses, the last gradients, all weights and both
+moments of the optimizer after a few steps. Then look at the second table, where the same code runs with the tree over
+blocks and tiles replaced by a sum in order of arrival. Its losses look right. Which step betrays it?
+
+Try it: in `on_virtual_ranks`, leave out the seed: `VirtualWorld(size)`. Messages are then delivered in the order in
+which they were posted, every time alike, and the check that another order of delivery gives another digest fails: a sum
+in order of arrival looks reproducible for as long as nothing disturbs the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+from unittest import mock
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from stage import Lesson, run
+
+from tsp_ref import threads
+from tsp_ref.comm.communicator import Communicator
+from tsp_ref.comm.control import gather
+from tsp_ref.comm.virtual import VirtualWorld
+from tsp_ref.config import make_config
+from tsp_ref.schedules import partials, tsp
+from tsp_ref.training.collect import digest
+from tsp_ref.training.data import Text
+from tsp_ref.training.loop import Training
+from tsp_ref.tree import Node, Partial, Tree, add
+
+STEPS = 3
+CONFIG = make_config("tiny", num_layers=1, tiles=8, steps=STEPS, warmup_steps=1)
+TREE_RUNS = ((1, 1), (2, 1), (3, 1), (4, 1), (4, 2), (8, 1))
+ARRIVAL_RUNS = ((1, 1), (2, 1), (4, 1), (4, 2))
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank saw of a run: the digest of all bits (on rank 0), each step's loss, its gradient of the gains."""
+
+    digest: str
+    losses: list[float]
+    gains_gradient: bytes
+
+
+Runs: TypeAlias = dict[tuple[int, int], list[Outcome]]
+"""(number of virtual ranks, seed) -> what each of them saw."""
+
+
+def drawn_text() -> Text:
+    """Words drawn at random, and sentences drawn from them: something to learn, the same on every rank."""
+    generator = np.random.default_rng(7)
+    letters = np.frombuffer(b"etaoinshrdlu", dtype=np.uint8)
+    words = [generator.choice(letters, size=size).tobytes() for size in generator.integers(2, 7, size=24)]
+    text = np.frombuffer(b" ".join(words[number] for number in generator.integers(0, 24, size=1000)), dtype=np.uint8)
+    return Text(text[:-500], text[-500:], "drawn words")
+
+
+def train(comm: Communicator, schedule: str) -> Outcome:
+    """A few steps of the tiny model with one layer."""
+    training = Training(CONFIG, comm, schedule, drawn_text(), np)
+    for _ in range(STEPS):
+        training.step()
+    return Outcome(digest(training), training.losses, training.gradients.gains.tobytes())
+
+
+def on_virtual_ranks(size: int, seed: int, schedule: str = "tsp") -> list[Outcome]:
+    """A run on virtual ranks inside this process, in an order of turns and deliveries drawn from the seed."""
+    return VirtualWorld(size, seed).run(lambda comm: train(comm, schedule))
+
+
+def _nothing(left: Any, right: Any) -> Any:
+    """A merge that keeps no partial: the tree below is left with only its nodes."""
+
+
+class InOrderOfArrival(Tree[Partial]):
+    """What takes the tree's place: one running sum, to which each partial is added when it comes.
+
+    What has come, what is still missing and what is sent to whom stay the tree's; only the order of additions is free.
+    """
+
+    def __init__(self, leaves: Iterable[int], merge: Callable[[Any, Any], Any] = add) -> None:
+        super().__init__(leaves, _nothing)
+        self.sum_of = merge
+        self.running: Any = None
+
+    def add(self, index: int, partial: Any, level: int = 0) -> None:
+        """Note that a node has come, and add its partial to the sum at once."""
+        super().add(index, None, level)  # type: ignore[arg-type]
+        self.running = partial if self.running is None else self.sum_of(self.running, partial)
+
+    @property
+    def total(self) -> Any:
+        """The sum, when nothing is missing."""
+        assert super().total is None
+        return self.running
+
+    def pieces(self) -> list[tuple[Node, Any]]:
+        """As many messages as the tree would send: the sum in the first, zeros in the others."""
+        nodes = [node for node, _ in super().pieces()]
+        return [(node, np.zeros_like(self.running) if number else self.running) for number, node in enumerate(nodes)]
+
+
+@contextmanager
+def sums_in_order_of_arrival() -> Iterator[None]:
+    """Within it, TSP has no tree. For virtual ranks only: the ranks of this job go on with theirs."""
+    with mock.patch.object(tsp, "Tree", InOrderOfArrival), mock.patch.object(partials, "Tree", InOrderOfArrival):
+        yield
+
+
+def first_difference(losses: list[float], others: list[float]) -> int | None:
+    """The first step, counted from 1, at which two runs have another loss."""
+    return next((step for step, (one, other) in enumerate(zip(losses, others), 1) if one != other), None)
+
+
+def table_of(runs: dict[str, Outcome], truth: Outcome) -> Table:
+    """One row a run: its digest, its losses, and when they leave the single process's."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for heading in ("run", "digest", *(f"loss {step}" for step in range(1, STEPS + 1)), "differs since"):
+        table.add_column(heading, no_wrap=True)
+    for name, outcome in runs.items():
+        step = first_difference(outcome.losses, truth.losses)
+        since = f"step {step}" if step else "nowhere" if outcome.digest == truth.digest else "no loss, other bits"
+        table.add_row(name, outcome.digest[:12], *(f"{loss:.9f}" for loss in outcome.losses), since)
+    return table
+
+
+def name(size: int, seed: int) -> str:
+    """A virtual run's name."""
+    return f"{size} virtual, seed {seed}" if size > 1 else "1 virtual"
+
+
+def copies(outcomes: list[Outcome]) -> tuple[int, int]:
+    """How many different lists of losses, and how many different gradients of the gains, the ranks of a run hold."""
+    return len({tuple(outcome.losses) for outcome in outcomes}), len({outcome.gains_gradient for outcome in outcomes})
+
+
+def with_the_tree(lesson: Lesson, truth: Outcome, job: Outcome, runs: Runs) -> None:
+    """Part 1: any number of ranks, any order of messages."""
+    lesson.part("With the tree")
+    alone, firsts = lesson.rank == 0, {name(*run): outcomes[0] for run, outcomes in runs.items()}
+    lesson.say(f"{CONFIG.num_parameters:,} parameters, {STEPS} steps. Virtual ranks live inside rank 0; the seed draws "
+               "the order\nof their turns and of their messages.")
+    lesson.say(table_of({"single process": truth, f"this job, N = {lesson.size}": job} | firsts, truth))
+    lesson.check("this job's digest equals the single process's", not alone or job.digest == truth.digest)
+    lesson.check("so do those of 1, 2, 3, 4 and 8 virtual ranks, in every order of messages",
+                 not alone or {outcome.digest for outcome in firsts.values()} == {truth.digest})
+    lesson.check("every virtual rank of a run holds the same losses and gradients of gains, every bit",
+                 not alone or {copies(outcomes) for outcomes in runs.values()} == {(1, 1)})
+    wanted = gather(lesson.comm, np.array(truth.losses, dtype=np.float64))[0]
+    lesson.check("every rank of this job saw the losses of the single process, every bit",
+                 np.array(job.losses, dtype=np.float64).tobytes() == wanted.tobytes())
+
+
+def without_the_tree(lesson: Lesson, truth: Outcome, runs: Runs) -> None:
+    """Part 2: the same runs with sums in order of arrival."""
+    lesson.part("With sums in order of arrival")
+    alone, firsts = lesson.rank == 0, {run: outcomes[0] for run, outcomes in runs.items()}
+    lesson.say(table_of({name(*run): outcome for run, outcome in firsts.items()}, truth))
+    lesson.say("Same model, same text, same messages; only the order of additions is that of arrival. One rank\n"
+               "differs, too: it adds from left to right, which is neither the tree's order nor that of two ranks.")
+    different = {outcome.digest for (_, seed), outcome in firsts.items() if seed == 1} | {truth.digest}
+    lesson.check("1, 2 and 4 ranks give three digests, none of them the tree's", not alone or len(different) == 4)
+    lesson.check("4 ranks with another order of delivery give another digest",
+                 not alone or firsts[4, 1].digest != firsts[4, 2].digest)
+    gaps = [abs(one / other - 1) for outcome in firsts.values() for one, other in zip(outcome.losses, truth.losses)]
+    lesson.check(f"yet all losses agree with the tree's within {TOLERANCE:g}: a tolerance would have passed them",
+                 max(gaps, default=0.0) < TOLERANCE)
+
+
+def ranks_apart(lesson: Lesson, runs: Runs) -> None:
+    """Part 3: what order of arrival does to a value that every rank holds a copy of."""
+    lesson.part("Ranks that no longer agree")
+    alone = lesson.rank == 0
+    losses, gains = copies(runs[4, 2]) if alone else (0, 0)
+    lesson.say("The loss and the gradient of the gains are sums that every rank makes for itself, from the same\n"
+               f"pieces. Different lists of losses among the 4 ranks of the last run: {losses}. Different gradients of\n"
+               f"the gains, which each rank applies to its own copy: {gains}.")
+    lesson.check("without the tree, ranks of one run hold different gradients of the gains", not alone or gains > 1)
+
+
+def main(lesson: Lesson) -> None:
+    """The lesson, part by part. Rank 0 alone compares whole runs; the other ranks leave that verdict to it."""
+    threads.require_one("this lesson")
+    job, truth = train(lesson.comm, "tsp"), Outcome("", [0.0] * STEPS, b"")
+    tree_runs: Runs = {}
+    arrival_runs: Runs = {}
+    if lesson.rank == 0:
+        truth = on_virtual_ranks(1, 0, "single")[0]
+        tree_runs = {run: on_virtual_ranks(*run) for run in TREE_RUNS}
+        with sums_in_order_of_arrival():
+            arrival_runs = {run: on_virtual_ranks(*run) for run in ARRIVAL_RUNS}
+    with_the_tree(lesson, truth, job, tree_runs)
+    without_the_tree(lesson, truth, arrival_runs)
+    ranks_apart(lesson, arrival_runs)
+
+
+if __name__ == "__main__":
+    run(__doc__, main)

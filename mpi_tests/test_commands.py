@@ -1,0 +1,240 @@
+"""The commands as people type them, on N real ranks: what they print, what they refuse, and how they end."""
+
+import os
+import re
+import signal
+import sys
+import time
+
+import launcher
+import pytest
+from launcher import begin, collect, end, mpirun
+
+DIGEST = re.compile(r"^digest sha256:([0-9a-f]{64})$", re.MULTILINE)
+TINY = ("-m", "tsp_ref", "train", "--preset", "tiny", "--steps", "20", "--digest")
+
+
+def digest_of(n, *arguments):
+    """The digest that a run prints as its last line."""
+    ended = mpirun(n, *TINY, *arguments)
+    assert ended.code == 0, ended.errors
+    assert DIGEST.fullmatch(ended.output.rstrip().splitlines()[-1]), ended.output
+    return DIGEST.search(ended.output).group(1)
+
+
+@pytest.fixture(scope="module")
+def single_digests():
+    """What one process prints, for each dtype."""
+    return {dtype: digest_of(1, "--schedule", "single", "--dtype", dtype) for dtype in ("float32", "float64")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_train_prints_the_single_process_s_digest(n, dtype, single_digests):
+    assert digest_of(n, "--dtype", dtype) == single_digests[dtype]
+    assert single_digests["float32"] != single_digests["float64"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.ranks(1, 4)
+def test_verify_is_green(n, dtype):
+    ended = mpirun(n, "-m", "tsp_ref", "verify", "--dtype", dtype)
+    assert ended.code == 0, ended.output + ended.errors
+    assert re.search(rf"EQUAL, every bit: 8\d tensors, {n} ranks against one process, 2 steps$", ended.output.rstrip())
+    assert "DIFFERS" not in ended.output
+    for name in ("layers.1.attention.q ", "head.x ", "gradient of layers.0.mlp.down ", "updated embedding "):
+        assert f"equal    {name}" in ended.output
+
+
+BROKEN_TREE = """
+import sys
+from tsp_ref.tree import Tree
+from tsp_ref.schedules import partials, tsp
+
+def add(self, index, partial, level=0):
+    waiting = self._waiting.pop(self._root, None)
+    self._waiting[self._root] = partial if waiting is None else self.merge(waiting, partial)
+
+Tree.add = add
+partials.cover = lambda leaves, part: [Tree(leaves)._root]
+tsp.cover = lambda leaves, part: [Tree(leaves)._root] if part else []
+from tsp_ref.cli import main
+sys.exit(main(["verify", "--dtype", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.ranks(4)
+def test_verify_is_red_when_the_tree_sums_in_order_of_arrival(n, dtype):
+    ended = mpirun(n, "-c", BROKEN_TREE, dtype)
+    assert ended.code == 1, ended.output + ended.errors
+    assert re.search(r"NOT EQUAL: \d+ of 8\d tensors", ended.output)
+    assert "DIFFERS  gradient of layers.0" in ended.output
+
+
+@pytest.mark.ranks(8)
+def test_eight_ranks_show_an_eighth_each_in_the_table_at_the_end(n):
+    ended = mpirun(n, *TINY[:-1])
+    rows = [line.split() for line in ended.output.splitlines() if re.match(r"\s+[0-7]\s", line)]
+    assert [row[0] for row in rows] == list("01234567")
+    assert all(row.count("1/8.00") == 2 for row in rows), ended.output
+
+
+REFUSED = {
+    "--bogus": "unrecognized arguments: --bogus",
+    "--preset huge": "preset=huge is unknown: use one of tiny, small, bench, 7b",
+    "--preset 7b": "preset=7b is only for planning",
+    "--set hidden_size=100": "hidden_size=100 is not a multiple of num_heads=16: use 96 or 112",
+    "--set num_heads=4": "num_heads=4 is not a multiple of num_kv_heads=8: use 8",
+    "--set num_kv_heads=4": "num_kv_heads=4 is not a multiple of blocks=8: use 8",
+    "--set seq_len=100": "seq_len=100 is not a multiple of tiles=16: use 96 or 112",
+    "--set colour=3": "field colour is unknown: use one of vocab_size,",
+    "--set blocks=2": "ranks=4 is not possible: with blocks=2 and tiles=16",
+    "--steps 0": "steps=0 is not valid: use a whole number of at least 1",
+    "--steps many": "argument --steps: invalid int value: 'many'",
+    "--text /no/such/file": "--text /no/such/file is neither a file nor a folder",
+    "--text {empty}": "holds 0 bytes: a sequence of seq_len=256 needs at least 514",
+    "--dtype float16": "dtype=float16 is not valid: use float32 or float64",
+    "--schedule fast": "--schedule fast is unknown: use one of single, tsp",
+    "--schedule single": "--schedule single is one process, and this job has 4 ranks",
+    "--ranks 4": "--ranks 4 asks for virtual ranks inside one process",
+    "--log /no/such/folder/log": "--log /no/such/folder/log cannot be written",
+    "--preset tiny --set learning_rate=1e9 warmup_steps=0": "is not finite: lower learning_rate",
+}
+
+
+@pytest.mark.parametrize("request_", REFUSED)
+@pytest.mark.ranks(4)
+def test_an_impossible_request_is_one_line_and_exit_code_2(n, request_, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    ended = mpirun(n, "-m", "tsp_ref", "train", *request_.format(empty=empty).split(), limit=60)
+    assert ended.code == 2, ended.output + ended.errors
+    lines = [line for line in ended.errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and REFUSED[request_] in lines[0], ended.errors
+    assert "Traceback" not in ended.errors
+    assert "Warning" not in ended.errors
+
+
+@pytest.mark.ranks(4)
+def test_debug_shows_where_a_refusal_came_from(n):
+    ended = mpirun(n, "-m", "tsp_ref", "train", "--debug", "--set", "seq_len=100")
+    assert ended.code == 2 and ended.errors.count("Traceback") == 1
+
+
+@pytest.mark.ranks(3)
+def test_blas_threads_of_the_user_s_are_kept_and_bits_are_not_claimed_for_them(n):
+    ended = mpirun(n, *TINY, OPENBLAS_NUM_THREADS="2", OMP_NUM_THREADS="2")
+    assert ended.code == 2 and "BLAS would use 2 threads (OPENBLAS_NUM_THREADS=2)" in ended.errors
+
+
+ONE_RANK_FAILS = """
+import sys
+import numpy as np
+from tsp_ref.{how}
+
+def main(comm):
+    if comm.rank == comm.size - 1:
+        {fail}
+    comm.Wait(comm.Irecv(np.zeros(1), (comm.rank + 1) % comm.size, 1))
+    return 0
+
+{run}
+"""
+PROGRAMS = {
+    "program": dict(how="launch import start", run="sys.exit(start(main))"),
+    "bare script": dict(how="comm.mpi import open_world", run="main(open_world())"),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.ranks(2, 4)
+def test_an_exception_on_one_rank_ends_the_job_with_one_traceback(n, program, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ONE_RANK_FAILS.format(fail="raise ZeroDivisionError('on purpose')", **PROGRAMS[program]))
+    ended = mpirun(n, str(script), limit=30)
+    assert ended.code != 0
+    assert ended.errors.count("Traceback") == 1 and ended.errors.count("ZeroDivisionError: on purpose") == 1
+    assert f"rank {n - 1} of {n} failed" in ended.errors
+
+
+@pytest.mark.ranks(4)
+def test_an_exception_on_all_ranks_is_shown_once(n, tmp_path):
+    script = tmp_path / "script.py"
+    program = ONE_RANK_FAILS.format(fail="pass", **PROGRAMS["program"])
+    script.write_text(program.replace("    comm.Wait", "    raise ZeroDivisionError('on purpose')\n    comm.Wait"))
+    ended = mpirun(n, str(script), limit=30)
+    assert ended.code != 0
+    assert ended.errors.count("Traceback") == 1
+
+
+@pytest.mark.ranks(2, 4)
+def test_leaving_early_with_an_exit_code_ends_the_job(n, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ONE_RANK_FAILS.format(fail="sys.exit(3)", **PROGRAMS["program"]))
+    assert mpirun(n, str(script), limit=30).code != 0
+
+
+def ranks_alive(mark):
+    """The processes that have a mark in their command line."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                if mark.encode() in file.read() and int(pid) != os.getpid():
+                    found.append(int(pid))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("busy", ["training", "waiting for ever"])
+@pytest.mark.ranks(4)
+def test_ctrl_c_ends_the_job_and_leaves_nothing_running(n, busy, tmp_path):
+    mark = f"ctrl_c_{os.getpid()}_{busy.split()[0]}"
+    if busy == "training":
+        log = tmp_path / mark
+        job = begin(n, "-m", "tsp_ref", "train", "--steps", "100000", "--log", str(log))
+        started = log
+    else:
+        started = tmp_path / "started"
+        script = tmp_path / f"{mark}.py"
+        script.write_text(ONE_RANK_FAILS.format(fail=f"open({str(started)!r}, 'w').close()", **PROGRAMS["program"]))
+        job = begin(n, str(script))
+    try:
+        deadline = time.monotonic() + 60
+        while not started.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert started.exists() and job.poll() is None
+        time.sleep(1)
+        os.killpg(job.pid, signal.SIGINT)  # what a terminal does
+        job.wait(20)
+    finally:
+        if job.poll() is None:
+            end(job)
+    ended = collect(job)
+    assert ended.code != 0
+    assert "Traceback" not in ended.errors
+    deadline = time.monotonic() + 10
+    while ranks_alive(mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ranks_alive(mark) == []
+
+
+def test_help_is_printed_once(n):
+    ended = mpirun(n, "-m", "tsp_ref", "train", "--help")
+    assert ended.code == 0 and ended.output.count("usage:") == 1
+    assert "num_kv_heads" in ended.output
+
+
+def test_a_launcher_of_another_mpi_is_noticed_and_named(tmp_path):
+    """A launcher of another vendor sets its variables, and the library ignores them: N times rank 0 of 1."""
+    foreign = {"MPICH": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")}
+    rank, size = foreign.get(launcher.vendor().split()[0], ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"))
+    import subprocess
+
+    ended = subprocess.run(
+        [sys.executable, "-m", "tsp_ref", "train"], capture_output=True, text=True, timeout=60,
+        env=launcher.environment(**{rank: "0", size: "4"}))
+    assert ended.returncode == 2
+    assert "mpirun started 4 ranks, but each finds itself rank 0 of 1" in ended.stderr

@@ -1,0 +1,82 @@
+"""The command line in one process: virtual ranks, logs, text, errors."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from tsp_ref import threads
+from tsp_ref.cli import main
+from tsp_ref.errors import UserError
+
+TINY = ["train", "--preset", "tiny", "--steps", "3"]
+
+
+def digest(capsys, *arguments):
+    """What `train --digest` prints last."""
+    assert main([*TINY, "--digest", *arguments]) == 0
+    return re.fullmatch(r"digest sha256:([0-9a-f]{64})", capsys.readouterr().out.rstrip().splitlines()[-1]).group(1)
+
+
+def test_virtual_ranks_in_any_order_print_the_single_process_s_digest(capsys):
+    wanted = digest(capsys, "--schedule", "single")
+    assert digest(capsys) == wanted
+    assert digest(capsys, "--ranks", "4") == wanted
+    assert digest(capsys, "--ranks", "8", "--shuffle", "5") == wanted
+    assert digest(capsys, "--seed", "1") != wanted
+
+
+def test_verify_prints_a_verdict_for_each_tensor(capsys):
+    assert main(["verify", "--ranks", "3", "--steps", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "EQUAL, every bit: 86 tensors, 3 ranks against one process, 1 steps"
+    assert sum(line.startswith("equal ") for line in lines) == 86
+
+
+def test_a_log_is_appended_to_and_never_overwritten(capsys, tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"mine": 1}\n')
+    assert main([*TINY, "--log", str(log), "--ranks", "2"]) == 0
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert records[0] == {"mine": 1}
+    assert records[1]["schedule"] == "tsp" and records[1]["start"]["hidden_size"] == 64
+    assert [record["step"] for record in records[2:5]] == [0, 1, 2]
+    assert records[4]["loss"] < records[2]["loss"]
+    assert set(records[5]) == {"validation_loss"}
+
+
+def test_a_run_on_text_of_one_s_own_learns_it(capsys, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"abcd" * 2000)
+    assert main([*TINY, "--text", str(tmp_path), "--ranks", "2"]) == 0
+    assert f"text: {tmp_path}, 7,600 bytes to learn, 400 held out" in capsys.readouterr().out.replace("\n", " ")
+    assert main([*TINY, "--steps", "25", "--text", str(tmp_path / "a.txt")]) == 0
+    first, last = re.search(r"training loss ([\d.]+) -> ([\d.]+)", capsys.readouterr().out).groups()
+    assert float(first) > 5 and float(last) < 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "the following arguments are required: train | verify"),
+    (["train", "--ranks", "9"], "ranks=9 is not possible: with blocks=8 and tiles=16"),
+    (["train", "--ranks", "0"], "--ranks 0 is not valid: use 1 to 1024"),
+    (["train", "--set", "hidden_size"], "--set hidden_size is not of the form field=value"),
+    (["train", "--shuffle", "1", "--ranks", "20"], "ranks=20 is not possible"),
+    (["train", "--schedule", "single", "--ranks", "2"], "--schedule single is one process"),
+    (["verify", "--set", "tied_head=maybe"], "tied_head=maybe is not valid: use true or false"),
+    (["verify", "--set", "dtype=float8"], "dtype=float8 is not valid: use float32 or float64"),
+])
+def test_a_request_that_cannot_be_met_is_one_line_and_exit_code_2(arguments, message, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_blas_runs_on_one_thread_and_two_are_refused_where_bits_are_compared():
+    from threadpoolctl import threadpool_limits
+
+    assert np.ones(1).dtype == np.float64  # NumPy is loaded
+    threads.require_one("this test")
+    with threadpool_limits(2, user_api="blas"), pytest.raises(UserError, match="BLAS would use 2 threads"):
+        threads.require_one("this test")

@@ -1,0 +1,77 @@
+"""What a rank holds: counted where arrays are made, and no more than its share between layers."""
+
+import gc
+import tracemalloc
+
+import numpy as np
+import pytest
+from cases import case_config, random_text, single_training
+
+from tsp_ref.comm.virtual import VirtualWorld
+from tsp_ref.memory import Memory
+from tsp_ref.training.holdings import activation_bytes, gain_bytes, model_state_bytes
+from tsp_ref.training.loop import Training
+
+
+def test_an_array_counts_from_its_birth_to_its_death():
+    memory = Memory()
+    first = memory.track("weights", np.zeros(100, dtype=np.float32))
+    second = memory.track("gradients", np.zeros(50, dtype=np.float32))
+    del first
+    third = memory.track("weights", np.zeros(10, dtype=np.float32))
+    assert memory.held == {"weights": 40, "gradients": 200, "optimizer": 0, "activations": 0, "buffers": 0}
+    assert memory.peak == {"weights": 400, "gradients": 200, "optimizer": 0, "activations": 0, "buffers": 0}
+    assert memory.model_state_peak == memory.total_peak == 600
+    del second, third
+    assert sum(memory.held.values()) == 0
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="memory kind weight is unknown"):
+        Memory().track("weight", np.zeros(1))
+
+
+@pytest.mark.parametrize("case", ["plain", "grouped-query", "tied head"])
+def test_eight_ranks_hold_an_eighth_of_the_single_process_each(case):
+    config = case_config(case, "float32")
+    alone = single_training(config, random_text())
+    alone.step()
+    assert alone.model.memory.model_state_peak == model_state_bytes(config)
+    assert alone.model.memory.peak["activations"] == activation_bytes(config)
+
+    def main(comm):
+        training = Training(config, comm, "tsp", random_text(), np)
+        training.step()
+        return training.model.memory
+
+    gains = gain_bytes(config)
+    for memory in VirtualWorld(8).run(main):
+        assert memory.model_state_peak - gains == (model_state_bytes(config) - gains) / 8
+        assert memory.peak["activations"] == activation_bytes(config) / 8
+
+
+def test_nothing_but_the_model_state_is_held_between_steps():
+    def main(comm):
+        training = Training(case_config("plain", "float32"), comm, "tsp", random_text(), np)
+        training.step()
+        return dict(training.model.memory.held)
+
+    for held in VirtualWorld(4, seed=1).run(main):
+        assert held["activations"] == held["buffers"] == 0
+
+
+def test_what_is_counted_is_what_the_process_holds_between_steps():
+    config = case_config("grouped-query", "float32", hidden_size=256, ffn_size=512)
+    text = random_text()
+    single_training(config, text).step()  # whatever is made once is made now
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    training = single_training(config, text)
+    training.step()
+    gc.collect()
+    held = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    counted = sum(training.model.memory.held.values())
+    assert counted == model_state_bytes(config)
+    assert counted <= held < 1.02 * counted

@@ -1,0 +1,227 @@
+"""How the source hangs together, read as source: who imports whom, and schedules that are twins of the reference."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tsp_ref
+
+ROOT = Path(tsp_ref.__file__).parent
+# Methods of mpi4py that pickle what they send; those that take buffers begin with a capital.
+PICKLING = {"send", "recv", "isend", "irecv", "ssend", "bsend", "sendrecv", "bcast", "gather", "allgather", "scatter",
+            "alltoall", "reduce", "allreduce", "scan", "exscan"}
+# What a room may import from tsp_ref, and nothing else.
+ONLY = {"ops": ("arrays", "ops"), "comm": ("arrays", "errors", "comm")}
+# What a room may not import.
+NEVER = {"reference": ("comm", "schedules", "training", "verify", "cli"), "schedules": ("training", "verify", "cli")}
+
+Sources = dict[str, str]
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def sources() -> Sources:
+    """Every module of tsp_ref with its text; a package's own file as `....__init__`."""
+    files = ROOT.rglob("*.py")
+    return {".".join(("tsp_ref", *file.relative_to(ROOT).with_suffix("").parts)): file.read_text() for file in files}
+
+
+def imports(module: str, text: str) -> Iterator[str]:
+    """The full dotted name of everything that a module imports, at its top or anywhere inside."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")[: -node.level] if node.level else []
+            yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
+
+
+def within(name: str, *rooms: str) -> bool:
+    return any(name == room or name.startswith(room + ".") for room in rooms)
+
+
+def rooms(*names: str) -> tuple[str, ...]:
+    return tuple(f"tsp_ref.{name}" for name in names)
+
+
+def breaches(modules: Sources) -> list[str]:
+    """Every import that a rule forbids, as `module imports name`."""
+    found = []
+    for module, text in modules.items():
+        for name in imports(module, text):
+            own = within(name, "tsp_ref")
+            forbidden = (
+                any(own and within(module, *rooms(room)) and not within(name, *rooms(*allowed))
+                    for room, allowed in ONLY.items())
+                or any(within(module, *rooms(room)) and within(name, *rooms(*banned)) for room, banned in NEVER.items())
+                or (within(name, "mpi4py") and module != "tsp_ref.comm.mpi")
+                or (within(name, *rooms("cli")) and module != "tsp_ref.__main__")
+                or within(name, "pickle")
+            )
+            if forbidden:
+                found.append(f"{module} imports {name}")
+    return found
+
+
+def reached(start: str, modules: Sources) -> set[str]:
+    """Every module of tsp_ref that comes along when a room is imported, directly or by way of others."""
+    seen: set[str] = set()
+    waiting = [module for module in modules if within(module, start)]
+    while waiting:
+        module = waiting.pop()
+        if module not in seen:
+            seen.add(module)
+            waiting += [other for name in imports(module, modules[module]) for other in modules
+                        if within(name, other.removesuffix(".__init__")) and other != "tsp_ref.__init__"]
+    return seen
+
+
+def pickled_messages(modules: Sources) -> list[str]:
+    """Calls of mpi4py's pickling methods: on anything in the file that knows MPI, elsewhere on what is called MPI."""
+    found = []
+    for module, text in modules.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in PICKLING:
+                owner = ast.unparse(node.func.value)
+                if module == "tsp_ref.comm.mpi" or "mpi" in owner.lower() or "COMM_WORLD" in owner:
+                    found.append(f"{module} calls {owner}.{node.func.attr}")
+    return found
+
+
+def undocumented(modules: Sources) -> list[str]:
+    """Public modules, classes, functions and methods without a docstring."""
+    found = []
+    for module, text in modules.items():
+        tree = ast.parse(text)
+        bodies: list[tuple[str, ast.Module | ast.ClassDef]] = [(module, tree)]
+        found += [module] * (ast.get_docstring(tree) is None)
+        while bodies:
+            place, body = bodies.pop()
+            for node in body.body:
+                if isinstance(node, ast.ClassDef | Function) and not node.name.startswith("_"):
+                    found += [f"{place}.{node.name}"] * (ast.get_docstring(node) is None)
+                    if isinstance(node, ast.ClassDef):
+                        bodies.append((f"{place}.{node.name}", node))
+    return found
+
+
+def public_functions(module: str) -> dict[str, Function]:
+    tree = ast.parse(sources()[f"tsp_ref.{module}"])
+    return {node.name: node for node in tree.body if isinstance(node, Function) and not node.name.startswith("_")}
+
+
+def parameters(function: Function) -> list[str]:
+    return [ast.unparse(argument) for argument in [*function.args.posonlyargs, *function.args.args]]
+
+
+def test_no_import_breaks_a_rule() -> None:
+    assert breaches(sources()) == []
+
+
+@pytest.mark.parametrize(("module", "text"), [
+    ("ops.bad", "from ..grid import Grid"),
+    ("ops.bad", "from .. import model"),
+    ("ops.bad", "import tsp_ref.comm.mpi"),
+    ("ops.__init__", "from ..errors import UserError"),
+    ("ops.bad", "def late() -> None:\n    from tsp_ref.config import Config"),
+    ("comm.bad", "from ..model import Model"),
+    ("comm.bad", "from ..parameters import Parameters"),
+    ("comm.bad", "if True:\n    from ..ops.norm import rmsnorm_forward"),
+    ("comm.bad", "from mpi4py import MPI"),
+    ("comm.mpi.bad", "import mpi4py.MPI"),
+    ("launch", "import mpi4py as message_passing"),
+    ("reference.bad", "from ..comm.control import gather"),
+    ("reference.bad", "from .. import schedules"),
+    ("reference.bad", "from tsp_ref.schedules.tsp import ring"),
+    ("reference.bad", "from ..training.data import batch"),
+    ("schedules.bad", "from ..training import loop"),
+    ("schedules.bad", "from ..verify import verify"),
+    ("schedules.bad", "from .. import cli"),
+    ("training.bad", "from ..cli import main"),
+    ("verify", "from . import cli"),
+    ("arrays", "import pickle"),
+    ("training.bad", "from pickle import dumps"),
+])
+def test_an_import_that_breaks_a_rule_is_found(module: str, text: str) -> None:
+    assert len(breaches({f"tsp_ref.{module}": text})) == 1
+
+
+@pytest.mark.parametrize(("module", "text"), [
+    ("ops.good", "import numpy\nfrom ..arrays import Array\nfrom .norm import rmsnorm_forward"),
+    ("comm.good", "from ..errors import MessageError\nfrom .communicator import Request"),
+    ("comm.mpi", "from mpi4py import MPI"),
+    ("reference.good", "from ..model import Model\nfrom .single import model_forward"),
+    ("schedules.good", "from ..comm.communicator import Communicator\nfrom ..tree import Tree"),
+    ("__main__", "from .cli import main"),
+])
+def test_an_import_within_the_rules_is_let_pass(module: str, text: str) -> None:
+    assert breaches({f"tsp_ref.{module}": text}) == []
+
+
+@pytest.mark.parametrize(("room", "banned"), NEVER.items())
+def test_no_room_reaches_what_is_above_it_by_way_of_another(room: str, banned: tuple[str, ...]) -> None:
+    modules = sources()
+    found = reached(f"tsp_ref.{room}", modules)
+    assert "tsp_ref.model" in found
+    assert [module for module in found if within(module, *rooms(*banned))] == []
+
+
+def test_a_way_by_another_module_is_found() -> None:
+    modules = {"tsp_ref.reference.a": "from ..grid import Grid", "tsp_ref.grid": "from .comm import control",
+               "tsp_ref.comm.__init__": "", "tsp_ref.comm.control": "", "tsp_ref.cli": ""}
+    assert reached("tsp_ref.reference", modules) == set(modules) - {"tsp_ref.cli"}
+
+
+def test_importing_the_package_loads_nothing_but_the_threads() -> None:
+    """Every module is imported after the package itself, so what this imports, all import."""
+    assert list(imports("tsp_ref.__init__", sources()["tsp_ref.__init__"])) == ["tsp_ref.threads"]
+
+
+def test_no_message_and_no_file_is_pickled() -> None:
+    assert pickled_messages(sources()) == []
+    assert [module for module, text in sources().items() if "import pickle" in text or "allow_pickle" in text] == []
+
+
+@pytest.mark.parametrize(("module", "text"), [
+    ("comm.mpi", "self.mpi.send(x, 1)"),
+    ("comm.mpi", "world.bcast(x)"),
+    ("launch", "comm.mpi.allreduce(1)"),
+    ("verify", "MPI.COMM_WORLD.gather(1)"),
+])
+def test_a_pickled_message_is_found(module: str, text: str) -> None:
+    assert len(pickled_messages({f"tsp_ref.{module}": text})) == 1
+
+
+def test_everything_public_has_a_docstring() -> None:
+    assert undocumented(sources()) == []
+
+
+def test_a_missing_docstring_is_found() -> None:
+    text = '"""Yes."""\nclass A:\n    """Yes."""\n    def b(self): pass\n    def _c(self): pass\ndef d(): pass'
+    assert undocumented({"m": text}) == ["m.d", "m.A.b"]
+    assert undocumented({"m": "x = 1"}) == ["m"]
+
+
+def test_the_schedule_has_the_functions_of_the_reference_in_its_order_after_its_own_helpers() -> None:
+    reference, schedule = list(public_functions("reference.single")), list(public_functions("schedules.tsp"))
+    assert len(reference) >= 12
+    assert schedule[-len(reference) :] == reference
+
+
+@pytest.mark.parametrize("name", public_functions("reference.single"))
+def test_a_function_of_the_schedule_takes_a_communicator_and_then_what_the_reference_takes(name: str) -> None:
+    reference, schedule = public_functions("reference.single")[name], public_functions("schedules.tsp")[name]
+    assert parameters(schedule) == ["comm: Communicator", *parameters(reference)]
+    assert ast.unparse(schedule.returns or schedule) == ast.unparse(reference.returns or reference)
+
+
+@pytest.mark.parametrize("module", [
+    "reference.single", "schedules.tsp",
+    "ops.attention", "ops.embedding", "ops.loss", "ops.mlp", "ops.norm", "ops.rotary",
+])
+def test_every_forward_has_a_backward(module: str) -> None:
+    names = public_functions(module)
+    forwards = [name for name in names if name.endswith("_forward")]
+    assert forwards
+    assert [name for name in forwards if name.replace("_forward", "_backward") not in names] == []
