@@ -80,7 +80,7 @@ def set_up(lesson: Lesson) -> Stage:
     generator = np.random.default_rng(SEED)
     weights = empty_parameters(model, "weights")
     for _, tensor in weights.tensors():
-        tensor[...] = generator.standard_normal(tensor.shape) * CONFIG.hidden_size**-0.5
+        tensor[...] = generator.standard_normal(tensor.shape, dtype=np.float64) * CONFIG.hidden_size**-0.5
     weights.gains[...] = generator.uniform(0.5, 1.5, weights.gains.shape)
     grid = Grid(CONFIG.blocks, CONFIG.tiles, CONFIG.tile_len, lesson.rank, lesson.size)
     return Stage(lesson, model, grid, weights)
@@ -180,7 +180,7 @@ def blocks_in_turn(grid: Grid) -> Iterator[int]:
 def project(model: Model, normed: Tiles, wqkv: Array, block: int, kept: Kept) -> tuple[Array, Array]:
     """Queries of every tile; keys and values [B, K/G, S, e] of the whole sequence, in the order of the text."""
     shape = (CONFIG.batch_size, CONFIG.kv_heads_per_block, CONFIG.seq_len, CONFIG.head_dim)
-    keys, values = np.empty(shape), np.empty(shape)  # [B, K/G, S, e], [B, K/G, S, e]
+    keys, values = np.empty((2, *shape), dtype=np.float64)  # [B, K/G, S, e], [B, K/G, S, e]
     for slot, tile in normed.items():
         q, k, v = qkv_forward(np, tile, wqkv, model.rotary[slot], CONFIG.group_size)
         kept.queries[block, slot], kept.keys[block, slot], kept.values[block, slot] = q, k, v
@@ -257,7 +257,7 @@ def show_layer(stage: Stage) -> Kept:
     lesson, grid = stage.lesson, stage.grid
     lesson.part("3. One layer on tiles, against whole arrays")
     shape = (CONFIG.batch_size, CONFIG.seq_len, CONFIG.hidden_size)
-    x = np.random.default_rng([SEED, 1]).standard_normal(shape)  # [B, S, h]
+    x = np.random.default_rng([SEED, 1]).standard_normal(shape, dtype=np.float64)  # [B, S, h]
     kept = Kept()
     middle = attention_on_tiles(stage, cut(grid, x, range(CONFIG.tiles)), 0, kept)
     mlp_on_tiles(stage, middle, 0, kept)

@@ -84,7 +84,7 @@ def unit(generator: np.random.Generator, arrays: list[Array]) -> list[Array]:
 
 def directions(generator: np.random.Generator, point: list[Array]) -> list[list[Array]]:
     """A few random directions of length one in the space of some arrays."""
-    drawn = [[generator.standard_normal(array.shape) for array in point] for _ in range(DIRECTIONS)]
+    drawn = [[generator.standard_normal(array.shape, dtype=np.float64) for array in point] for _ in range(DIRECTIONS)]
     return [[part / norm(direction) for part in direction] for direction in drawn]
 
 
@@ -265,7 +265,7 @@ PAIRS = (rmsnorm_pair, rotary_pair, qkv_pair, attend_pair, out_pair, swiglu_pair
 def judge_input(pair: Pair, number: int, generator: np.random.Generator) -> list[list[float]]:
     """The rates of <dy, forward> in one of a pair's inputs, the others held still: as measured, as claimed."""
     inputs = list(pair.inputs.values())
-    dy = tuple(generator.standard_normal(result.shape) for result in pair.forward(*inputs))
+    dy = tuple(generator.standard_normal(result.shape, dtype=np.float64) for result in pair.forward(*inputs))
 
     def loss(moved: list[Array]) -> float:
         return inner(dy, pair.forward(*inputs[:number], *moved, *inputs[number + 1 :]))
@@ -315,7 +315,7 @@ def make_problem() -> Problem:
     model, generator = Model(CONFIG, np), np.random.default_rng([SEED, 5])
     weights = empty_parameters(model, "weights")
     for _, tensor in weights.tensors():
-        tensor[...] = generator.standard_normal(tensor.shape) * CONFIG.hidden_size**-0.5
+        tensor[...] = generator.standard_normal(tensor.shape, dtype=np.float64) * CONFIG.hidden_size**-0.5
     weights.gains[...] = generator.uniform(0.5, 1.5, weights.gains.shape)
     text = generator.integers(0, CONFIG.vocab_size, (2, CONFIG.batch_size, CONFIG.seq_len), dtype=np.int64)
     tokens, targets = ({slot: part[:, model.grid.tokens(slot)] for slot in model.grid.slots} for part in text)

@@ -14,7 +14,8 @@ the last part, which asks whose sum each output is.
 Try it: in `exchange`, put keys and values where they come in the order of slots, not where they belong in the text:
 replace `grid.tokens(slot)` by `slice(slot * length, (slot + 1) * length)`. Every byte still arrives, and the checks of
 bytes hold. Three checks fail for each model, with one rank as with four: that keys and values lie in the order of the
-text, that the output's bits are the single process's, and that plain causal attention agrees.
+text, that the output's bits are the single process's, and that plain causal attention agrees. (With one rank the last
+check of all fails, too.)
 """
 
 from __future__ import annotations

@@ -186,8 +186,8 @@ def ranks_apart(lesson: Lesson, runs: Runs) -> None:
     alone = lesson.rank == 0
     losses, gains = copies(runs[4, 2]) if alone else (0, 0)
     lesson.say("The loss and the gradient of the gains are sums that every rank makes for itself, from the same\n"
-               f"pieces. Different lists of losses among the 4 ranks of the last run: {losses}. Different gradients of\n"
-               f"the gains, which each rank applies to its own copy: {gains}.")
+               f"pieces. Different lists of losses among the 4 ranks of the last run: {losses}. Different gradients\n"
+               f"of the gains, which each rank applies to its own copy: {gains}.")
     lesson.check("without the tree, ranks of one run hold different gradients of the gains", not alone or gains > 1)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.rule import Rule
 
 from tsp_ref.comm.communicator import Communicator
@@ -54,16 +55,16 @@ class Lesson:
         line = np.frombuffer(text.encode()[:256], dtype=np.uint8)
         coded[: len(line)] = line
         for rank, row in enumerate(gather(self.comm, coded)):
-            self.say(f"  rank {rank}: {row.tobytes().rstrip(bytes(1)).decode()}")
+            self.say(escape(f"  rank {rank}: {row.tobytes().rstrip(bytes(1)).decode(errors='ignore')}"))
 
     def check(self, statement: str, holds: bool) -> None:
         """A statement that must hold on every rank. Every rank must call it; a failure makes the lesson exit with 1."""
         verdicts = [bool(row[0]) for row in gather(self.comm, np.array([holds], dtype=np.int64))]
         if all(verdicts):
-            self.say(f"  [green]holds[/]  {statement}")
+            self.say(f"  [green]holds[/]  {escape(statement)}")
             return
         wrong = ", ".join(str(rank) for rank, verdict in enumerate(verdicts) if not verdict)
-        self.say(f"  [red]FAILS[/]  {statement} (on rank {wrong})")
+        self.say(f"  [red]FAILS[/]  {escape(statement)} (on rank {wrong})")
         self.failures.append(statement)
 
     def end(self) -> int:
@@ -82,14 +83,15 @@ def run(description: str, main: Callable[[Lesson], None]) -> None:
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, metavar="N", help="N virtual ranks in this process instead of mpirun")
-    parser.add_argument("--shuffle", type=int, metavar="SEED", help="with --ranks: a random order of turns and messages")
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="with --ranks: a random order of messages")
     if launcher_rank() != 0 and {"-h", "--help"}.intersection(sys.argv):
         sys.exit(0)
     options = parser.parse_args()
 
     def teach(comm: Communicator) -> int:
         lesson = Lesson(comm, console_for(comm.rank))
-        lesson.say(f"[bold]{description.strip().splitlines()[0]}[/]  ({comm.size} ranks)")
+        ranks = f"{comm.size} rank{'s' * (comm.size > 1)}"
+        lesson.say(f"[bold]{description.strip().splitlines()[0]}[/]  ({ranks})")
         main(lesson)
         return lesson.end()
 

@@ -100,7 +100,7 @@ def test_a_truth_value_is_read_from_its_text(text: str, value: bool) -> None:
     ("adam_eps", -1e-8, "use a finite number above 0"),
     ("learning_rate", math.nan, "use a finite number above 0"),
     ("learning_rate", math.inf, "use a finite number above 0"),
-    ("min_learning_rate", math.inf, "use a finite number, 0 or more"),
+    ("final_rate", 1.5, "use a number from 0 to 1"),
     ("weight_decay", -0.1, "use a finite number, 0 or more"),
     ("clip_norm", math.nan, "use a finite number, 0 or more"),
 ])

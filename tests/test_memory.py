@@ -9,6 +9,9 @@ from cases import case_config, random_text, single_training
 
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.memory import Memory
+from tsp_ref.model import Model
+from tsp_ref.schedules import tsp
+from tsp_ref.schedules.tags import Tag
 from tsp_ref.training.holdings import activation_bytes, gain_bytes, model_state_bytes
 from tsp_ref.training.loop import Training
 
@@ -58,6 +61,22 @@ def test_nothing_but_the_model_state_is_held_between_steps():
 
     for held in VirtualWorld(4, seed=1).run(main):
         assert held["activations"] == held["buffers"] == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("travel", [tsp.ring, tsp.broadcasts])
+def test_two_shards_of_weights_at_most_are_held_beside_a_rank_s_own(travel, ranks):
+    config = case_config("plain", "float32")
+
+    def main(comm):
+        model = Model(config, np, comm.rank, comm.size)
+        shard = np.zeros((len(model.grid.blocks), 100), dtype=np.float32)
+        owners = [owner for owner, _ in travel(comm, model, shard, Tag.MLP_WEIGHTS)]
+        assert sorted(owners) == list(range(ranks))
+        return model.memory.peak["buffers"]
+
+    largest = -(-config.blocks // ranks) * 400
+    assert VirtualWorld(ranks, seed=1).run(main) == [min(2, ranks - 1) * largest] * ranks
 
 
 def test_what_is_counted_is_what_the_process_holds_between_steps():

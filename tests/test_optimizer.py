@@ -144,14 +144,14 @@ def test_the_rate_falls_to_its_minimum_at_the_last_step() -> None:
     config = Config(steps=60, warmup_steps=10)
     rates = [learning_rate(config, step) for step in range(9, 60)]
     assert rates == sorted(rates, reverse=True)
-    assert rates[-1] == pytest.approx(config.min_learning_rate, rel=1e-12)
+    assert rates[-1] == pytest.approx(config.final_rate * config.learning_rate, rel=1e-12)
 
 
 def test_the_rate_falls_as_half_a_cosine() -> None:
     """Slowly, quickly, slowly: the difference to the middle is odd around it."""
     config = Config(steps=1_000_000, warmup_steps=0)
-    middle = (config.learning_rate + config.min_learning_rate) / 2
-    high = (config.learning_rate - config.min_learning_rate) / 2
+    middle = (config.learning_rate + config.final_rate * config.learning_rate) / 2
+    high = (config.learning_rate - config.final_rate * config.learning_rate) / 2
     for share in (0.25, 0.5, 0.75):
         wanted = middle + high * math.cos(math.pi * share)
         assert learning_rate(config, round(share * 1_000_000)) == pytest.approx(wanted, rel=1e-5)

@@ -8,9 +8,17 @@ from typing import Any
 
 from .errors import UserError
 
+TYPES = {"int": int, "float": float, "bool": bool, "str": str}
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}
+
 
 def _field(default: Any, meaning: str) -> Any:
     return field(default=default, metadata={"meaning": meaning})
+
+
+MULTIPLES = (("hidden_size", "num_heads"), ("num_heads", "num_kv_heads"), ("num_kv_heads", "blocks"),
+             ("ffn_size", "blocks"), ("vocab_size", "blocks"), ("seq_len", "tiles"))
+"""(field, field that it must be a multiple of)."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,9 @@ class Config:
     tiles: int = _field(16, "T, tiles that each sequence is cut in; at most T ranks")
 
     batch_size: int = _field(4, "B, sequences in a step")
-    steps: int = _field(60, "optimizer steps")
+    steps: int = _field(100, "optimizer steps")
     learning_rate: float = _field(6e-3, "peak of the schedule")
-    min_learning_rate: float = _field(6e-4, "where the cosine ends")
+    final_rate: float = _field(0.1, "learning rate at the last step, as a part of the peak")
     warmup_steps: int = _field(10, "steps of linear warm-up")
     weight_decay: float = _field(0.1, "for matrices; gains are not decayed")
     beta1: float = _field(0.9, "AdamW's decay of the first moment")
@@ -79,6 +87,11 @@ class Config:
         return self.num_layers * layer + tables + self.hidden_size
 
     def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            kind, value = TYPES[str(item.type)], getattr(self, item.name)
+            # A whole number will do for a float, but True, which Python counts as one, will not do for a size.
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            _require(fits, self, item.name, f"use {KINDS[str(item.type)]}")
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size", "seq_len",
                      "blocks", "tiles", "batch_size", "steps", "validation_batches"):
             _require(getattr(self, name) >= 1, self, name, "use a whole number of at least 1")
@@ -86,13 +99,13 @@ class Config:
         _require(self.seed >= 0, self, "seed", "use 0 or more")
         for name in ("rope_theta", "norm_eps", "adam_eps", "learning_rate"):
             _require(0 < getattr(self, name) < float("inf"), self, name, "use a finite number above 0")
-        for name in ("weight_decay", "clip_norm", "min_learning_rate"):
+        for name in ("weight_decay", "clip_norm"):
             _require(0 <= getattr(self, name) < float("inf"), self, name, "use a finite number, 0 or more")
+        _require(0 <= self.final_rate <= 1, self, "final_rate", "use a number from 0 to 1")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, self, name, "use a number from 0 up to, not including, 1")
         _require(self.dtype in ("float32", "float64"), self, "dtype", "use float32 or float64")
-        for name, divisor in (("hidden_size", "num_heads"), ("num_heads", "num_kv_heads"), ("num_kv_heads", "blocks"),
-                              ("ffn_size", "blocks"), ("vocab_size", "blocks"), ("seq_len", "tiles")):
+        for name, divisor in MULTIPLES:
             _require_multiple(self, name, divisor)
         _require(self.head_dim % 2 == 0, self, "hidden_size",
                  f"a head has hidden_size / num_heads = {self.head_dim} entries, and the rotary embedding turns them "
@@ -113,10 +126,23 @@ def _require(holds: bool, config: Config, name: str, remedy: str) -> None:
 def _require_multiple(config: Config, name: str, divisor_name: str) -> None:
     value, divisor = getattr(config, name), getattr(config, divisor_name)
     if value % divisor:
-        below, above = value // divisor * divisor, (value // divisor + 1) * divisor
-        choices = f"{below} or {above}" if below else f"{above}"
-        raise UserError(f"{name}={value} is not a multiple of {divisor_name}={divisor}: use {choices} for {name}, "
-                        f"or another {divisor_name}")
+        values = dataclasses.asdict(config)
+        choices, others = _nearest_fits(values, name), _nearest_fits(values, divisor_name)
+        remedy = f"{choices} for {name}, or another {divisor_name}" if choices else f"{others} for {divisor_name}"
+        raise UserError(f"{name}={value} is not a multiple of {divisor_name}={divisor}: use {remedy}")
+
+
+def _nearest_fits(values: dict[str, Any], name: str) -> str:
+    """The values next below and above a field's with which all sizes would fit each other: "96 or 128", or nothing."""
+    value = values[name]
+    nearest = [next((number for number in numbers if _sizes_fit({**values, name: number})), None)
+               for numbers in (range(value, 0, -1), range(value + 1, 4 * value + 64))]
+    return " or ".join(str(number) for number in nearest if number is not None)
+
+
+def _sizes_fit(values: dict[str, Any]) -> bool:
+    even_head = values["hidden_size"] // values["num_heads"] % 2 == 0
+    return even_head and all(values[name] % values[divisor] == 0 for name, divisor in MULTIPLES)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -124,7 +150,7 @@ PRESETS: dict[str, dict[str, Any]] = {
                  steps=20, warmup_steps=5, validation_batches=1),
     "small": {},
     "bench": dict(hidden_size=512, num_layers=4, num_heads=8, num_kv_heads=8, ffn_size=1408, seq_len=2048,
-                  batch_size=1, steps=5, warmup_steps=1, learning_rate=3e-4, min_learning_rate=3e-5),
+                  batch_size=1, steps=5, warmup_steps=1, learning_rate=3e-4),
     "7b": dict(vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, ffn_size=16384,
                seq_len=16384, blocks=32, tiles=64, batch_size=1),
 }
@@ -154,7 +180,6 @@ def _parse(name: str, text: str) -> Any:
     try:
         if types[name] == "bool":
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        return {"int": int, "float": float, "str": str}[str(types[name])](text)
+        return TYPES[str(types[name])](text)
     except (ValueError, KeyError):
-        kind = {"bool": "true or false", "int": "a whole number", "float": "a number"}[str(types[name])]
-        raise UserError(f"{name}={text} is not valid: use {kind}") from None
+        raise UserError(f"{name}={text} is not valid: use {KINDS[str(types[name])]}") from None

@@ -32,7 +32,7 @@ def start(
             if shuffle is not None:
                 raise UserError(f"--shuffle {shuffle} orders the messages of virtual ranks: use it with --ranks N, "
                                 "not under mpirun")
-            return _run_real(main, debug)
+            return _run_real(main)
         if ranks is not None and not 1 <= ranks <= 1024:
             raise UserError(f"--ranks {ranks} is not valid: use 1 to 1024")
         world = VirtualWorld(ranks or 1, shuffle)
@@ -45,20 +45,22 @@ def start(
 
 
 def refuse(error: UserError, debug: bool = False) -> int:
-    """Print a user's error once, on rank 0, and return the exit code 2."""
+    """Print a user's error, which every rank has met, once, on rank 0, and return the exit code 2."""
     if mpi.launcher_rank() == 0:
         if debug:
             traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
+    if mpi.launched():
+        mpi.leave_together()
     return 2
 
 
-def _run_real(main: Callable[[Communicator], int], debug: bool) -> int:
+def _run_real(main: Callable[[Communicator], int]) -> int:
     world = mpi.open_world()
     try:
         return _finished(world, main(world))
     except UserError:
-        raise  # raised on every rank alike: all return, and MPI ends in good order
+        raise  # on every rank alike
     except BaseException as error:
         # One rank alone must not return: the others would wait for its messages for ever.
         mpi.fail(world, error)
@@ -66,5 +68,7 @@ def _run_real(main: Callable[[Communicator], int], debug: bool) -> int:
 
 
 def _finished(comm: Communicator, code: int) -> int:
+    # Now, because a launcher may end the others as soon as one rank has left with a code that is not 0.
+    sys.stdout.flush()
     comm.finish()
     return code

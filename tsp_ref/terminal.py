@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from .comm.mpi import launched
+
 WIDTH = 120  # where no terminal says another
 
 LAUNCHERS = ("mpiexec", "mpirun", "prterun", "orterun", "hydra")
@@ -17,11 +19,12 @@ def console_for(rank: int) -> Console:
     if rank != 0:
         return Console(quiet=True)
     terminal = _launcher_terminal()
-    if terminal is None:
-        console = Console()
-        # Without a terminal there is no width to respect, and 80 columns would break the tables.
-        return console if console.is_terminal else Console(width=WIDTH)
-    return Console(force_terminal=True, width=_width(terminal))
+    if terminal is not None:
+        return Console(force_terminal=True, width=_width(terminal))
+    # Behind a launcher that writes to no terminal, a rank may still see one: Open MPI gives each a terminal of its own.
+    console = Console(force_terminal=False if launched() else None)
+    # Without a terminal there is no width to respect, and 80 columns would break the tables.
+    return console if console.is_terminal else Console(force_terminal=False, width=WIDTH)
 
 
 def _launcher_terminal() -> str | None:

@@ -92,6 +92,8 @@ class Communicator(ABC):
 
     def Waitany(self, requests: list[Request]) -> int:
         """The index of a message that is complete: the first to arrive, as far as can be told."""
+        if not requests:
+            raise ValueError("Waitany needs at least one request: nothing else would ever end it")
         polls = 0
         while True:
             for index, request in enumerate(requests):

@@ -112,6 +112,15 @@ def open_world() -> MPICommunicator:
     return world
 
 
+def leave_together() -> None:
+    """Wait for all ranks, so that none leaves before rank 0 has spoken: a launcher may end the job when one rank leaves
+    with a code that is not 0. Where MPI does not join the ranks, give rank 0 a second."""
+    try:
+        open_world().mpi.Barrier()
+    except UserError:
+        time.sleep(float(launcher_rank() > 0))
+
+
 def fail(world: MPICommunicator, error: BaseException, trace: TracebackType | None = None) -> None:
     """Show one traceback for the whole node, however many ranks fail at once, and end the job."""
     if isinstance(error, KeyboardInterrupt):

@@ -38,7 +38,7 @@ class Homeward:
 
     Call `send` for each owner's blocks in turn, then `receive` for each rank that has computed some of this rank's, and
     `finish` at the end. Two rounds may be under way at a time, so that one travels under the computation of the next
-    and no rank ever holds more than two owners' partials, nor waits with more than log2(T)+1 pieces of its own blocks.
+    and no rank ever holds more than two owners' partials, beside those pieces of its own blocks that wait for another.
     """
 
     def __init__(self, comm: Communicator, model: Model, tag: Tag) -> None:

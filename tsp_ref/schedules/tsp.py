@@ -5,6 +5,13 @@ ring, and each rank applies every block to its own tokens. Only keys and values 
 weights go straight home to the blocks' owners. The forward of attention and MLP follows the paper (arXiv 2604.26294,
 its attention algorithm and its ring); the backward, the embedding, the head and the order of every sum are ours.
 
+Between layers a rank holds its 1/N of weights, gradients, optimizer state and token activations. Within a part it also
+holds, counted as `buffers`:
+
+- weights: two shards of other owners, the one in use and the one in flight;
+- keys and values of one owner's heads for the whole sequence, once as they arrived and once in the order of the text;
+- gradients: of the blocks of two owners, and the pieces of its own blocks that wait for the piece beside them.
+
 Read beside `reference.single`: the same functions in the same order; what differs is the messages.
 """
 
@@ -36,21 +43,28 @@ from .partials import Arrival, Homeward, merge_one, sum_everywhere
 from .tags import Tag
 
 
+def largest_shard(model: Model, shard: Array) -> Array:
+    """A buffer for any rank's blocks [n, ...] of the tensor that `shard` is this rank's part of."""
+    most = max(len(model.grid.blocks_of(rank)) for rank in range(model.grid.size))
+    return model.empty("buffers", most, *shard.shape[1:])
+
+
 def ring(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iterator[tuple[int, Array]]:
     """Pass every rank's blocks round: yields (owner, its blocks [n, ...]), this rank's own first, then its left
     neighbour's and so on. The next blocks travel while the caller works on those it was given."""
     grid = model.grid
     left, right = (grid.rank - 1) % grid.size, (grid.rank + 1) % grid.size
+    spare = [largest_shard(model, shard) for _ in range(min(2, grid.size - 1))]
     held = shard
     for step in range(grid.size):
         owner = (grid.rank - step) % grid.size
         if step + 1 == grid.size:
             yield owner, held
             return
-        coming = model.empty("buffers", len(grid.blocks_of((owner - 1) % grid.size)), *shard.shape[1:])
+        coming = spare[step % 2][: len(grid.blocks_of((owner - 1) % grid.size))]
         requests = [comm.Irecv(coming, left, tag), comm.Isend(held, right, tag)]
         yield owner, held
-        # Both: `coming` must be here before it is read, and `held` must have left before it is let go.
+        # Both: `coming` must be here before it is read, and `held` have left before the next is received in its place.
         comm.Waitall(requests)
         held = coming
 
@@ -59,11 +73,12 @@ def broadcasts(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iter
     """Every owner in turn sends its blocks to all: yields (owner, its blocks [n, ...]), the same at the same time on
     every rank. The next owner's blocks travel while the caller works on those it was given."""
     grid = model.grid
+    spare = [largest_shard(model, shard) for _ in range(min(2, grid.size - 1))]
 
     def start(owner: int) -> tuple[Array, list[Request]]:
         if owner == grid.rank:
             return shard, [comm.Isend(shard, peer, tag) for peer in grid.others]
-        coming = model.empty("buffers", len(grid.blocks_of(owner)), *shard.shape[1:])
+        coming = spare[owner % len(spare)][: len(grid.blocks_of(owner))]
         return coming, [comm.Irecv(coming, owner, tag)]
 
     coming, requests = start(0)

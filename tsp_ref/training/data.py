@@ -51,10 +51,13 @@ def load_text(paths: list[str] | None, config: Config) -> Text:
 
 
 def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+    try:
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            return sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+    except OSError as error:
+        raise UserError(f"--text {path} cannot be looked up: {error.strerror}") from None
     raise UserError(f"--text {path} is neither a file nor a folder: give paths that exist, or leave --text out")
 
 

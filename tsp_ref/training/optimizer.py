@@ -12,12 +12,12 @@ from ..parameters import Parameters, empty_parameters
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up to the peak, then half a cosine down to the minimum at the last step. Steps count from 0."""
+    """Linear warm-up to the peak, then half a cosine down to its end at the last step. Steps count from 0."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
     fall = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return config.min_learning_rate + fall * (config.learning_rate - config.min_learning_rate)
+    return config.learning_rate * (config.final_rate + fall * (1.0 - config.final_rate))
 
 
 def clip_factor(config: Config, norm: float) -> float:
