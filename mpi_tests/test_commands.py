@@ -83,7 +83,7 @@ REFUSED = {
     "--bogus": "unrecognized arguments: --bogus",
     "--preset huge": "preset=huge is unknown: use one of tiny, small, bench, 7b",
     "--preset 7b": "preset=7b is only for planning",
-    "--set hidden_size=100": "hidden_size=100 is not a multiple of num_heads=16: use 96 or 112",
+    "--set hidden_size=100": "hidden_size=100 is not a multiple of num_heads=16: use 96 or 128",
     "--set num_heads=4": "num_heads=4 is not a multiple of num_kv_heads=8: use 8",
     "--set num_kv_heads=4": "num_kv_heads=4 is not a multiple of blocks=8: use 8",
     "--set seq_len=100": "seq_len=100 is not a multiple of tiles=16: use 96 or 112",

@@ -20,7 +20,10 @@ NOT_SOURCE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-pack
 
 @dataclass(frozen=True)
 class Text:
-    """A text in two parts. A token is a byte; both parts are uint8."""
+    """A text in two parts. A token is a byte; both parts are uint8.
+
+    Every rank holds the whole text, of which each batch is a sample; what it cuts out are its own tokens.
+    """
 
     training: Array
     validation: Array
@@ -29,7 +32,8 @@ class Text:
     @property
     def fingerprint(self) -> str:
         """The same on two ranks only if they have read the same text."""
-        return hashlib.sha256(self.training.tobytes() + b"|" + self.validation.tobytes()).hexdigest()
+        lengths = f"{len(self.training)} {len(self.validation)} "
+        return hashlib.sha256(lengths.encode() + self.training.tobytes() + self.validation.tobytes()).hexdigest()
 
 
 def load_text(paths: list[str] | None, config: Config) -> Text:
