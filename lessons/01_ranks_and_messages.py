@@ -29,7 +29,7 @@ from stage import Lesson, run
 
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
-from tsp_ref.comm.control import gather
+from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.errors import MessageError
 
@@ -93,7 +93,7 @@ def completes_alone(comm: Communicator, nbytes: int) -> bool:
     send = comm.Isend(message, right, Tag.PROBE)
     alone = any(comm.Test(send) for _ in range(200))
     # Nobody receives before everybody has looked: this exchange lets a rank go on only when all have come so far.
-    gather(comm, np.array([nbytes], dtype=np.int64))
+    all_gather(comm, np.array([nbytes], dtype=np.int64))
     comm.Waitall([send, comm.Irecv(np.empty_like(message), left, Tag.PROBE)])
     return alone
 
@@ -201,7 +201,7 @@ def show_buffering(lesson: Lesson) -> None:
     table.add_column("bytes", justify="right")
     table.add_column("complete before the receive was posted")
     for nbytes in PROBE_BYTES:
-        rows = gather(lesson.comm, np.array([completes_alone(lesson.comm, nbytes)], dtype=np.int64))
+        rows = all_gather(lesson.comm, np.array([completes_alone(lesson.comm, nbytes)], dtype=np.int64))
         table.add_row(f"{nbytes:,}", f"on {sum(int(row[0]) for row in rows)} of {lesson.size} ranks")
     lesson.say(table)
     lesson.say("MPI may copy a message aside and call its send complete, or wait for the receiver, as it likes. "

@@ -33,7 +33,7 @@ from threadpoolctl import threadpool_info
 from tsp_ref import threads
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator, Request
-from tsp_ref.comm.control import gather
+from tsp_ref.comm.control import all_gather
 from tsp_ref.grid import share
 from tsp_ref.tree import Tree
 
@@ -140,8 +140,8 @@ def show_products(lesson: Lesson) -> None:
     cuts = [cut_product(*SHAPES[index]) for index in share(len(SHAPES), lesson.rank, lesson.size)]
     mine = [sum(getattr(cut, name) for cut in cuts) for name in ("rows", "columns", "inner", "again")]
     largest = [max(cut.gap for cut in cuts), max(cut.error for cut in cuts)]
-    counts = np.sum(gather(lesson.comm, np.array(mine, dtype=np.int64)), axis=0)
-    gap, error = np.max(gather(lesson.comm, np.array(largest, dtype=np.float64)), axis=0)
+    counts = np.sum(all_gather(lesson.comm, np.array(mine, dtype=np.int64)), axis=0)
+    gap, error = np.max(all_gather(lesson.comm, np.array(largest, dtype=np.float64)), axis=0)
     library = ", ".join(f"{pool['internal_api']} {pool['version']}, {pool.get('architecture', 'unknown')} kernels"
                         for pool in threadpool_info() if pool["user_api"] == "blas")
     lesson.say(f"{len(SHAPES)} random products X W in float32, by NumPy's BLAS on this machine ({library}):")
@@ -265,7 +265,7 @@ def show_ranks(lesson: Lesson) -> None:
     last = sums[-1]
     lesson.say_from_all(f"{' '.join(f'{part:2}' for part in last.order)}   one by one {digest(last.naive)}   "
                         f"tree {digest(last.tree)}")
-    naive, tree = (np.concatenate(gather(lesson.comm, np.stack(rows)))
+    naive, tree = (np.concatenate(all_gather(lesson.comm, np.stack(rows)))
                    for rows in ([one.naive for one in sums], [one.tree for one in sums]))
     lesson.say(f"In all {ROUNDS} rounds on all {lesson.size} ranks: {patterns(naive)} bit patterns one by one, "
                f"{patterns(tree)} by the tree.")

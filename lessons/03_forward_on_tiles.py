@@ -32,7 +32,7 @@ from stage import Lesson, run
 from tsp_ref import threads
 from tsp_ref.arrays import Array, Tiles
 from tsp_ref.comm.communicator import Communicator
-from tsp_ref.comm.control import gather
+from tsp_ref.comm.control import all_gather
 from tsp_ref.config import Config
 from tsp_ref.grid import Grid, share
 from tsp_ref.model import Model
@@ -41,7 +41,7 @@ from tsp_ref.ops.embedding import embed_forward
 from tsp_ref.ops.loss import logits_forward, merge_triples, token_losses
 from tsp_ref.ops.mlp import swiglu_forward
 from tsp_ref.ops.norm import rmsnorm_forward
-from tsp_ref.parameters import Parameters, attention_views, empty_parameters, mlp_views
+from tsp_ref.parameters import Parameters, attention_views, mlp_views, zero_parameters
 from tsp_ref.reference import naive, single
 from tsp_ref.tree import Tree
 
@@ -78,7 +78,7 @@ def set_up(lesson: Lesson) -> Stage:
     """The same random weights on every rank; larger than a new model's, and no gain is one, so that each counts."""
     model = Model(CONFIG, np)
     generator = np.random.default_rng(SEED)
-    weights = empty_parameters(model, "weights")
+    weights = zero_parameters(model, "weights")
     for _, tensor in weights.tensors():
         tensor[...] = generator.standard_normal(tensor.shape, dtype=np.float64) * CONFIG.hidden_size**-0.5
     weights.gains[...] = generator.uniform(0.5, 1.5, weights.gains.shape)
@@ -106,7 +106,7 @@ def show_slots(stage: Stage) -> None:
     covered = np.zeros(CONFIG.seq_len, dtype=np.int64)
     for slot in grid.slots:
         covered[grid.tokens(slot)] += 1
-    times = np.sum(gather(lesson.comm, covered), axis=0)
+    times = np.sum(all_gather(lesson.comm, covered), axis=0)
     lesson.check("over all ranks, each token is in exactly one slot", bool(np.all(times == 1)))
 
 
@@ -266,8 +266,8 @@ def show_layer(stage: Stage) -> Kept:
                f"float64, relative to their largest entry, on the worst rank; at most {TOLERANCE:.0e} is allowed.")
     for name, whole in wanted.items():
         found = getattr(kept, name)
-        worst = np.max(gather(lesson.comm, np.array([gap(found, whole, grid)])))
-        pieces = sum(int(row[0]) for row in gather(lesson.comm, np.array([len(found)], dtype=np.int64)))
+        worst = np.max(all_gather(lesson.comm, np.array([gap(found, whole, grid)])))
+        pieces = sum(int(row[0]) for row in all_gather(lesson.comm, np.array([len(found)], dtype=np.int64)))
         lesson.check(f"{name}: {pieces:,} tile results, largest gap {worst:.1e}", bool(worst <= TOLERANCE))
     return kept
 

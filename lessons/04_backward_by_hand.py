@@ -29,7 +29,7 @@ from rich.table import Table
 from stage import Lesson, run
 
 from tsp_ref.arrays import Array, Tiles
-from tsp_ref.comm.control import gather
+from tsp_ref.comm.control import all_gather
 from tsp_ref.config import Config
 from tsp_ref.grid import share
 from tsp_ref.model import Model
@@ -48,7 +48,7 @@ from tsp_ref.ops.loss import logits_backward, logits_forward, merge_triples, tok
 from tsp_ref.ops.mlp import swiglu_backward, swiglu_forward
 from tsp_ref.ops.norm import rmsnorm_backward, rmsnorm_forward
 from tsp_ref.ops.rotary import rotary_backward, rotary_forward, rotary_table
-from tsp_ref.parameters import Parameters, empty_parameters, named_views
+from tsp_ref.parameters import Parameters, named_views, zero_parameters
 from tsp_ref.reference import single
 
 SEED = 2604
@@ -113,7 +113,7 @@ def shared_out(lesson: Lesson, count: int, kinds: int, work: Callable[[int], lis
     for task in share(count, lesson.rank, lesson.size):
         rates[task] = work(task)
     # Where one rank has worked all others have zeros, so the sum is exact.
-    return np.sum(gather(lesson.comm, rates), axis=0)
+    return np.sum(all_gather(lesson.comm, rates), axis=0)
 
 
 # Part 1: each operation on its own.
@@ -313,7 +313,7 @@ class Problem:
 def make_problem() -> Problem:
     """Weights larger than a new model's, and gains other than one, so that every part has a say in the loss."""
     model, generator = Model(CONFIG, np), np.random.default_rng([SEED, 5])
-    weights = empty_parameters(model, "weights")
+    weights = zero_parameters(model, "weights")
     for _, tensor in weights.tensors():
         tensor[...] = generator.standard_normal(tensor.shape, dtype=np.float64) * CONFIG.hidden_size**-0.5
     weights.gains[...] = generator.uniform(0.5, 1.5, weights.gains.shape)
@@ -338,7 +338,7 @@ def passed_on(dx: Tiles, dy: Tiles, residual: bool) -> Tiles:
 
 def loss_and_gradient(problem: Problem, weights: Parameters, residual: bool = True) -> tuple[float, Parameters]:
     """`single.model_backward`, written out; residual=False is the same with one mistake."""
-    model, gradients = problem.model, empty_parameters(problem.model, "gradients")
+    model, gradients = problem.model, zero_parameters(problem.model, "gradients")
     loss, saved = single.model_forward(model, weights, problem.tokens, problem.targets)
     dgain = {slot: np.empty_like(weights.gains) for slot in model.grid.slots}
     dx = single.head_backward(model, saved.head, problem.targets, weights, gradients, dgain)
@@ -405,7 +405,7 @@ def every_array(parameters: Parameters) -> list[Array]:
 
 def by_single(problem: Problem) -> Parameters:
     """The project's own backward in one process."""
-    gradients = empty_parameters(problem.model, "gradients")
+    gradients = zero_parameters(problem.model, "gradients")
     _, saved = single.model_forward(problem.model, problem.weights, problem.tokens, problem.targets)
     single.model_backward(problem.model, saved, problem.weights, gradients)
     return gradients
@@ -447,7 +447,7 @@ def show_training(lesson: Lesson, problem: Problem) -> None:
     for number, (trainer, residual) in enumerate(((0, True), (lesson.size - 1, False))):
         if lesson.rank == trainer:
             mine[number] = train(problem, residual)
-    right, wrong = np.sum(gather(lesson.comm, mine), axis=0)
+    right, wrong = np.sum(all_gather(lesson.comm, mine), axis=0)
     lesson.say(f"{TRAINING_STEPS} steps of plain gradient descent on one batch, from the same weights; loss in nats:")
     shown = range(0, TRAINING_STEPS + 1, TRAINING_STEPS // 5)
     for text, losses in (("right", right), ("no residual", wrong)):

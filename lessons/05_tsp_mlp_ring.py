@@ -30,12 +30,12 @@ from stage import Lesson, run
 
 from tsp_ref.arrays import Array, Tiles
 from tsp_ref.comm.communicator import Communicator, Request
-from tsp_ref.comm.control import gather
+from tsp_ref.comm.control import all_gather
 from tsp_ref.config import make_config
 from tsp_ref.grid import Grid
 from tsp_ref.model import Model
 from tsp_ref.ops.mlp import swiglu_backward, swiglu_forward
-from tsp_ref.parameters import Parameters, empty_parameters, initial_parameters, mlp_views, named_views
+from tsp_ref.parameters import Parameters, initial_parameters, mlp_views, named_views, zero_parameters
 from tsp_ref.reference import single
 from tsp_ref.tilewise import add_residual, normalise, normalise_backward, totals
 from tsp_ref.tree import Tree, cover
@@ -103,7 +103,7 @@ class Judge:
 def judge() -> Judge:
     """`reference.single` on the whole layer, forward and backward."""
     model = Model(CONFIG, np)
-    weights, gradients = layer_weights(model), empty_parameters(model, "gradients")
+    weights, gradients = layer_weights(model), zero_parameters(model, "gradients")
     dgain = {slot: model.empty("buffers", *weights.gains.shape) for slot in model.grid.slots}
     output, saved = single.mlp_forward(model, tiles(model.grid, 1), weights, 0)
     dx = single.mlp_backward(model, tiles(model.grid, 2), saved, weights, 0, gradients, dgain)
@@ -311,7 +311,7 @@ def show_turn(lesson: Lesson, grid: Grid, turn: Turn) -> None:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     for heading in ("blocks held by", *(f"step {step}" for step in range(grid.size))):
         table.add_column(heading, no_wrap=True)
-    for rank, row in enumerate(gather(lesson.comm, np.array(turn.held, dtype=np.int64))):
+    for rank, row in enumerate(all_gather(lesson.comm, np.array(turn.held, dtype=np.int64))):
         cells = [names([block for block in range(CONFIG.blocks) if mask >> block & 1]) for mask in row.tolist()]
         table.add_row(f"rank {rank}", *cells)
     lesson.say(table)

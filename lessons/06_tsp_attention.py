@@ -31,7 +31,7 @@ from stage import Lesson, run
 from tsp_ref.activations import AttentionSaved
 from tsp_ref.arrays import Array, Tiles
 from tsp_ref.comm.communicator import Communicator, Request
-from tsp_ref.comm.control import gather
+from tsp_ref.comm.control import all_gather
 from tsp_ref.config import Config, make_config
 from tsp_ref.grid import Grid
 from tsp_ref.model import Model
@@ -307,7 +307,7 @@ def show_no_reduce(lesson: Lesson, model: Model, output: Tiles, notes: Notes, us
     lesson.say_from_all(f"{min(notes.leaves.values())} of {config.blocks} terms for each of {len(grid.slots)} tiles; "
                         f"own heads alone: {missing:.2f}")
     mine = np.array([slot in grid.slots for slot in range(config.tiles)], dtype=np.int64)
-    lesson.check("every tile of tokens has exactly one owner", bool(np.all(sum(gather(lesson.comm, mine)) == 1)))
+    lesson.check("every tile of tokens has exactly one owner", bool(np.all(sum(all_gather(lesson.comm, mine)) == 1)))
     lesson.check("that owner computed all G terms of its sum",
                  notes.leaves == dict.fromkeys(grid.slots, config.blocks))
     lesson.check("no message carried anything but weights, keys and values",

@@ -30,7 +30,7 @@ from stage import Lesson, run
 
 from tsp_ref import threads
 from tsp_ref.comm.communicator import Communicator
-from tsp_ref.comm.control import gather
+from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.config import make_config
 from tsp_ref.schedules import partials, tsp
@@ -159,7 +159,7 @@ def with_the_tree(lesson: Lesson, truth: Outcome, job: Outcome, runs: Runs) -> N
                  not alone or {outcome.digest for outcome in firsts.values()} == {truth.digest})
     lesson.check("every virtual rank of a run holds the same losses and gradients of gains, every bit",
                  not alone or {copies(outcomes) for outcomes in runs.values()} == {(1, 1)})
-    wanted = gather(lesson.comm, np.array(truth.losses, dtype=np.float64))[0]
+    wanted = all_gather(lesson.comm, np.array(truth.losses, dtype=np.float64))[0]
     lesson.check("every rank of this job saw the losses of the single process, every bit",
                  np.array(job.losses, dtype=np.float64).tobytes() == wanted.tobytes())
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.rule import Rule
 
 from tsp_ref.comm.communicator import Communicator
-from tsp_ref.comm.control import gather
+from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.mpi import launcher_rank
 from tsp_ref.launch import start
 from tsp_ref.terminal import console_for
@@ -54,12 +54,12 @@ class Lesson:
         coded = np.zeros(256, dtype=np.uint8)
         line = np.frombuffer(text.encode()[:256], dtype=np.uint8)
         coded[: len(line)] = line
-        for rank, row in enumerate(gather(self.comm, coded)):
+        for rank, row in enumerate(all_gather(self.comm, coded)):
             self.say(escape(f"  rank {rank}: {row.tobytes().rstrip(bytes(1)).decode(errors='ignore')}"))
 
     def check(self, statement: str, holds: bool) -> None:
         """A statement that must hold on every rank. Every rank must call it; a failure makes the lesson exit with 1."""
-        verdicts = [bool(row[0]) for row in gather(self.comm, np.array([holds], dtype=np.int64))]
+        verdicts = [bool(row[0]) for row in all_gather(self.comm, np.array([holds], dtype=np.int64))]
         if all(verdicts):
             self.say(f"  [green]holds[/]  {escape(statement)}")
             return

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from cases import CASES, case_config, random_text, single_training
 
+from tsp_ref.commands.verify import Judge, compare_step
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training
-from tsp_ref.verify import Judge, compare_step
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

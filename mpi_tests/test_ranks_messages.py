@@ -5,8 +5,8 @@ import pytest
 from cases import case_config, random_text
 
 from tsp_ref.comm.control import agreed, from_root, gather_texts
+from tsp_ref.commands.holdings import activation_bytes, gain_bytes, model_state_bytes
 from tsp_ref.errors import MessageError, UserError
-from tsp_ref.training.holdings import activation_bytes, gain_bytes, model_state_bytes
 from tsp_ref.training.loop import Training
 
 

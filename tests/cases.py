@@ -14,7 +14,7 @@ from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.config import Config, make_config
 from tsp_ref.model import Model
-from tsp_ref.parameters import Parameters, empty_parameters, initial_parameters, named_views
+from tsp_ref.parameters import Parameters, initial_parameters, named_views, zero_parameters
 from tsp_ref.reference import single
 from tsp_ref.training.data import Text
 from tsp_ref.training.loop import Training
@@ -87,7 +87,7 @@ def gradient_gaps(calls: Calls, model: Model, total: Callable[[float], float], w
     total  sums a number over ranks; weights that every rank holds are counted by rank 0
     """
     config, grid = model.config, model.grid
-    weights, gradients = perturbed_parameters(model), empty_parameters(model, "gradients")
+    weights, gradients = perturbed_parameters(model), zero_parameters(model, "gradients")
     tokens, targets = (cut(model, whole) for whole in random_batch(config))
     shape = (config.batch_size, config.seq_len, config.hidden_size)
     cotangent = cut(model, np.random.default_rng(5).standard_normal(shape))
@@ -177,9 +177,9 @@ def sum_over(comm: Communicator | None) -> Callable[[float], float]:
     """Sums a number over all ranks of a communicator; without one, leaves it."""
     if comm is None:
         return lambda number: number
-    from tsp_ref.comm.control import gather
+    from tsp_ref.comm.control import all_gather
 
-    return lambda number: float(sum(row[0] for row in gather(comm, np.array([number], dtype=np.float64))))
+    return lambda number: float(sum(row[0] for row in all_gather(comm, np.array([number], dtype=np.float64))))
 
 
 def single_calls(config: Config) -> tuple[Calls, Model]:

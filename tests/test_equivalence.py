@@ -5,9 +5,9 @@ import pytest
 from cases import CASES, case_config, random_text, single_training
 
 from tsp_ref.comm.virtual import VirtualWorld
+from tsp_ref.commands.verify import Judge, compare_step
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training
-from tsp_ref.verify import Judge, compare_step
 
 
 def tsp_digest(config, ranks, seed, steps):

@@ -8,11 +8,11 @@ import pytest
 from cases import case_config, random_text, single_training
 
 from tsp_ref.comm.virtual import VirtualWorld
+from tsp_ref.commands.holdings import activation_bytes, gain_bytes, model_state_bytes
 from tsp_ref.memory import Memory
 from tsp_ref.model import Model
 from tsp_ref.schedules import tsp
 from tsp_ref.schedules.tags import Tag
-from tsp_ref.training.holdings import activation_bytes, gain_bytes, model_state_bytes
 from tsp_ref.training.loop import Training
 
 

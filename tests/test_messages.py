@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tsp_ref.comm.communicator import Communicator
-from tsp_ref.comm.control import agreed, from_root, gather, gather_texts
+from tsp_ref.comm.control import agreed, all_gather, from_root, gather_texts
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.errors import MessageError, UserError
 
@@ -360,7 +360,7 @@ def test_one_rank_alone_runs_and_returns_its_result() -> None:
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_every_rank_gathers_every_ranks_array_in_order(size: int, seed: int | None) -> None:
     def main(comm: Communicator) -> list[int]:
-        rows = gather(comm, np.array([comm.rank, comm.rank**2], dtype=np.int64))
+        rows = all_gather(comm, np.array([comm.rank, comm.rank**2], dtype=np.int64))
         comm.finish()
         return np.concatenate(rows).tolist()
 

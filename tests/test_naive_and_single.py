@@ -5,7 +5,7 @@ import pytest
 from cases import CASES, case_config, cut, perturbed_parameters, random_batch
 
 from tsp_ref.model import Model
-from tsp_ref.parameters import empty_parameters
+from tsp_ref.parameters import zero_parameters
 from tsp_ref.reference import naive, single
 from tsp_ref.tilewise import normalise
 
@@ -22,7 +22,7 @@ def both_models(case, dtype):
     """Loss, logits and gradients of single, assembled whole, and what naive returns."""
     config = case_config(case, dtype)
     model = Model(config, np)
-    weights, gradients = perturbed_parameters(model), empty_parameters(model, "gradients")
+    weights, gradients = perturbed_parameters(model), zero_parameters(model, "gradients")
     tokens, targets = random_batch(config)
     loss, saved = single.model_forward(model, weights, cut(model, tokens), cut(model, targets))
     last = normalise(model, saved.head.x, weights.gains[-1])

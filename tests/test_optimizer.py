@@ -9,7 +9,7 @@ import pytest
 
 from tsp_ref.config import Config, make_config
 from tsp_ref.model import Model
-from tsp_ref.parameters import Parameters, empty_parameters, initial_parameters
+from tsp_ref.parameters import Parameters, initial_parameters, zero_parameters
 from tsp_ref.training.optimizer import AdamW, clip_factor, learning_rate
 
 STEPS = 5
@@ -29,7 +29,7 @@ def flat(parameters: Parameters) -> np.ndarray:
 
 def random_gradients(model: Model, step: int) -> Parameters:
     """Keyed by tensor and step and cut to the rank's blocks, so that any number of ranks is given the same."""
-    gradients = empty_parameters(model, "gradients")
+    gradients = zero_parameters(model, "gradients")
     owned = model.grid.blocks
     for number, (_, tensor) in enumerate(gradients.tensors()):
         whole = (model.config.blocks, *tensor.shape[1:])
@@ -90,7 +90,7 @@ def test_an_update_leaves_the_gradients_as_they_are() -> None:
 def test_decay_shrinks_matrices_and_leaves_gains_alone() -> None:
     model = Model(config_of(), np)
     weights, before = initial_parameters(model), initial_parameters(model)
-    AdamW(model).update(weights, empty_parameters(model, "gradients"), 0, 1.0)
+    AdamW(model).update(weights, zero_parameters(model, "gradients"), 0, 1.0)
     kept = 1.0 - learning_rate(model.config, 0) * model.config.weight_decay
     assert kept < 1.0
     for (_, now), (_, then) in zip(weights.tensors(), before.tensors()):

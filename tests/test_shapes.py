@@ -21,7 +21,7 @@ from tsp_ref import ops
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.config import make_config
 from tsp_ref.model import Model
-from tsp_ref.parameters import empty_parameters, initial_parameters
+from tsp_ref.parameters import initial_parameters, zero_parameters
 from tsp_ref.schedules import tsp
 
 OPS = sorted(Path(ops.__file__).parent.glob("*.py"))
@@ -155,7 +155,7 @@ class Watch:
 def a_training_step(comm) -> None:
     """Forward and backward on two virtual ranks: every operation runs."""
     model = Model(CONFIG, np, comm.rank, comm.size)
-    weights, gradients = initial_parameters(model), empty_parameters(model, "gradients")
+    weights, gradients = initial_parameters(model), zero_parameters(model, "gradients")
     tokens, targets = (cut(model, whole) for whole in random_batch(CONFIG))
     _, saved = tsp.model_forward(comm, model, weights, tokens, targets)
     tsp.model_backward(comm, model, saved, weights, gradients)

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .comm.mpi import launcher_rank
+from .commands.train import TrainOptions, train
+from .commands.verify import verify
 from .config import PLANNING_ONLY, PRESETS, Config, make_config
 from .errors import UserError
 from .launch import refuse, start
-from .training.command import TrainOptions, train
 from .training.strategy import SCHEDULES
-from .verify import verify
 
 DESCRIPTION = """\
 A transformer trained under TSP: every rank holds 1/N of the weights and 1/N of the tokens, and computes bit for bit

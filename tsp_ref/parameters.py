@@ -84,7 +84,7 @@ def named_views(config: Config, name: str, block: Array) -> dict[str, Array]:
     return {"table": block}
 
 
-def empty_parameters(model: Model, kind: str) -> Parameters:
+def zero_parameters(model: Model, kind: str) -> Parameters:
     """Zeros in the form of this rank's parameters, counted in its memory as `kind`."""
     config, held = model.config, len(model.grid.blocks)
     attention = sum(rows * columns for rows, columns in attention_shapes(config))
@@ -110,7 +110,7 @@ def initial_parameters(model: Model) -> Parameters:
     Nothing depends on the rank, and no rank ever draws a block that it does not own.
     """
     config = model.config
-    parameters = empty_parameters(model, "weights")
+    parameters = zero_parameters(model, "weights")
     parameters.gains[...] = 1.0
     for number, (name, tensor) in enumerate(parameters.tensors()):
         for held, block in zip(tensor, model.grid.blocks):

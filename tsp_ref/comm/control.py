@@ -28,10 +28,10 @@ def gather_texts(comm: Communicator, text: str) -> list[str]:
     mine = np.zeros(TEXT_BYTES, dtype=np.uint8)
     coded = np.frombuffer(text.encode()[:TEXT_BYTES], dtype=np.uint8)
     mine[: len(coded)] = coded
-    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in gather(comm, mine)]
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in all_gather(comm, mine)]
 
 
-def gather(comm: Communicator, mine: Array) -> list[Array]:
+def all_gather(comm: Communicator, mine: Array) -> list[Array]:
     """Every rank's array, of one shape for all, in the order of ranks, on every rank."""
     rows = [mine if rank == comm.rank else np.empty_like(mine) for rank in range(comm.size)]
     others = [rank for rank in range(comm.size) if rank != comm.rank]
@@ -59,4 +59,4 @@ def agreed(comm: Communicator, prepare: Callable[[], Result]) -> Result:
 
 def from_root(comm: Communicator, number: int) -> int:
     """Rank 0's number, on every rank."""
-    return int(gather(comm, np.array([number], dtype=np.int64))[0][0])
+    return int(all_gather(comm, np.array([number], dtype=np.int64))[0][0])

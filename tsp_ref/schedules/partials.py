@@ -33,7 +33,7 @@ def merge_one(comm: Communicator, arrivals: list[Arrival]) -> None:
     arrival.tree.add(index, arrival.request.array, level)
 
 
-class Homeward:
+class ReduceToOwner:
     """Weight-gradient partials on their way straight home, to the rank that owns their blocks.
 
     Call `send` for each owner's blocks in turn, then `receive` for each rank that has computed some of this rank's, and
@@ -82,7 +82,7 @@ class Homeward:
         return [tree.total for tree in self.trees]
 
 
-def sum_everywhere(
+def all_reduce(
     comm: Communicator,
     owned: Callable[[int], range],
     partials: dict[int, Array],

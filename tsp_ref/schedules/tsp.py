@@ -39,7 +39,7 @@ from ..ops.mlp import swiglu_backward, swiglu_forward
 from ..parameters import Parameters, attention_views, mlp_views
 from ..tilewise import add_residual, normalise, normalise_backward, squares, totals
 from ..tree import Tree, cover
-from .partials import Arrival, Homeward, merge_one, sum_everywhere
+from .partials import Arrival, ReduceToOwner, all_reduce, merge_one
 from .tags import Tag
 
 
@@ -90,7 +90,7 @@ def broadcasts(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iter
         yield owner, held
 
 
-def exchange_keys_values(comm: Communicator, model: Model, own: Array, tag: Tag) -> Array:
+def all_gather_keys_values(comm: Communicator, model: Model, own: Array, tag: Tag) -> Array:
     """Gather keys and values of the heads at hand over the sequence, in the order of the text.
 
     own [n, slots, 2, B, K/G, s, e], of n blocks and this rank's slots -> [n, 2, B, K/G, S, e].
@@ -110,7 +110,7 @@ def exchange_keys_values(comm: Communicator, model: Model, own: Array, tag: Tag)
     return whole
 
 
-def return_keys_values(comm: Communicator, model: Model, dkv: dict[tuple[int, int], Tree[Array]]) -> None:
+def reduce_scatter_keys_values(comm: Communicator, model: Model, dkv: dict[tuple[int, int], Tree[Array]]) -> None:
     """Send the gradients of other ranks' keys and values home, and merge into this rank's what the others send.
 
     dkv: (block, slot) -> a tree over the slots that read this slot's keys, with the leaves of this rank's slots;
@@ -157,7 +157,7 @@ def embedding_backward(
     The rows themselves are not needed, so nothing circulates: every rank works for each owner in turn, as in the ring.
     """
     config, grid, xp = model.config, model.grid, model.xp
-    home = Homeward(comm, model, Tag.EMBEDDING_GRADIENTS)
+    home = ReduceToOwner(comm, model, Tag.EMBEDDING_GRADIENTS)
     for step in range(grid.size):
         owner = (grid.rank - step) % grid.size
         partials = []
@@ -198,7 +198,7 @@ def attention_forward(
                 own[held, position, 0] = k
                 own[held, position, 1] = v
                 saved.keys_values[block, slot] = own[held, position]
-        keys_values = exchange_keys_values(comm, model, own, Tag.KEYS_VALUES)
+        keys_values = all_gather_keys_values(comm, model, own, Tag.KEYS_VALUES)
         for held, block in enumerate(blocks):
             _, wo = attention_views(config, shard[held])
             for slot in grid.slots:
@@ -223,10 +223,10 @@ def attention_backward(
     gain = weights.gains[2 * layer]
     normed = normalise(model, saved.x, gain)
     dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    home = Homeward(comm, model, Tag.ATTENTION_GRADIENTS)
+    home = ReduceToOwner(comm, model, Tag.ATTENTION_GRADIENTS)
     for owner, shard in broadcasts(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS_BACKWARD):
         blocks = grid.blocks_of(owner)
-        keys_values = exchange_keys_values(comm, model, saved.packed[owner], Tag.KEYS_VALUES_BACKWARD)
+        keys_values = all_gather_keys_values(comm, model, saved.packed[owner], Tag.KEYS_VALUES_BACKWARD)
         dq: dict[tuple[int, int], Array] = {}
         dkv = {(block, slot): Tree[Array](grid.readers(slot)) for block in blocks for slot in range(config.tiles)}
         for held, block in enumerate(blocks):
@@ -240,7 +240,7 @@ def attention_backward(
                 for seen in range(config.tiles):
                     if slot in dkv[block, seen].leaves:
                         dkv[block, seen].add(slot, dkeys[:, :, :, grid.tokens(seen)])
-        return_keys_values(comm, model, dkv)
+        reduce_scatter_keys_values(comm, model, dkv)
         partials = []
         for held, block in enumerate(blocks):
             wqkv, _ = attention_views(config, shard[held])
@@ -291,7 +291,7 @@ def mlp_backward(
     gain = weights.gains[2 * layer + 1]
     normed = normalise(model, saved.x, gain)
     dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    home = Homeward(comm, model, Tag.MLP_GRADIENTS)
+    home = ReduceToOwner(comm, model, Tag.MLP_GRADIENTS)
     for step, (owner, shard) in enumerate(ring(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS_BACKWARD)):
         partials = []
         for block, packed in zip(grid.blocks_of(owner), shard):
@@ -329,7 +329,7 @@ def head_forward(
         losses, logsumexp = token_losses(xp, triples[slot].total)
         saved.logsumexp[slot] = model.memory.track("activations", logsumexp)
         sums[slot] = xp.sum(losses, keepdims=True)
-    loss = sum_everywhere(comm, grid.slots_of, sums, Tag.LOSS)
+    loss = all_reduce(comm, grid.slots_of, sums, Tag.LOSS)
     return float(loss[0]) / (config.batch_size * config.seq_len), saved
 
 
@@ -342,7 +342,7 @@ def head_backward(
     scale = 1.0 / (config.batch_size * config.seq_len)
     normed = normalise(model, saved.x, weights.gains[-1])
     dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    home = Homeward(comm, model, Tag.HEAD_GRADIENTS)
+    home = ReduceToOwner(comm, model, Tag.HEAD_GRADIENTS)
     for step, (owner, tables) in enumerate(ring(comm, model, weights.head_table, Tag.HEAD_WEIGHTS_BACKWARD)):
         partials = []
         for block, table in zip(grid.blocks_of(owner), tables):
@@ -362,7 +362,7 @@ def head_backward(
 
 def gains_backward(comm: Communicator, model: Model, dgain: Tiles, gradients: Parameters) -> None:
     """Writes the gradient of all gains, which every rank holds: the sum over tiles of slot -> [2L+1, h]."""
-    gradients.gains[...] = sum_everywhere(comm, model.grid.slots_of, dgain, Tag.GAIN_GRADIENTS)
+    gradients.gains[...] = all_reduce(comm, model.grid.slots_of, dgain, Tag.GAIN_GRADIENTS)
 
 
 def model_forward(
@@ -396,5 +396,5 @@ def gradient_norm(comm: Communicator, model: Model, gradients: Parameters) -> fl
     """The Euclidean norm of all gradients, the same bits on every rank: squares summed over blocks by the tree."""
     grid, xp = model.grid, model.xp
     partials = {block: squares(model, gradients, held) for held, block in enumerate(grid.blocks)}
-    total = sum_everywhere(comm, grid.blocks_of, partials, Tag.GRADIENT_NORM)
+    total = all_reduce(comm, grid.blocks_of, partials, Tag.GRADIENT_NORM)
     return float(xp.sqrt(xp.sum(total) + xp.sum(gradients.gains * gradients.gains)))

@@ -11,7 +11,7 @@ from ..comm.communicator import Communicator
 from ..config import Config
 from ..errors import UserError
 from ..model import Model
-from ..parameters import empty_parameters, initial_parameters
+from ..parameters import initial_parameters, zero_parameters
 from .data import TRAINING, VALIDATION, Text, batch
 from .optimizer import AdamW, clip_factor, learning_rate
 from .strategy import choose_strategy
@@ -37,7 +37,7 @@ class Training:
         self.model = Model(config, xp, comm.rank, comm.size)
         self.strategy = choose_strategy(schedule, comm, self.model)
         self.weights = initial_parameters(self.model)
-        self.gradients = empty_parameters(self.model, "gradients")
+        self.gradients = zero_parameters(self.model, "gradients")
         self.optimizer = AdamW(self.model)
         self.losses: list[float] = []
         self.steps_done = 0

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ..arrays import Array
 from ..config import Config
 from ..model import Model
-from ..parameters import Parameters, empty_parameters
+from ..parameters import Parameters, zero_parameters
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -30,8 +30,8 @@ class AdamW:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.first = empty_parameters(model, "optimizer")
-        self.second = empty_parameters(model, "optimizer")
+        self.first = zero_parameters(model, "optimizer")
+        self.second = zero_parameters(model, "optimizer")
 
     def update(self, weights: Parameters, gradients: Parameters, step: int, factor: float) -> None:
         """Change the weights in place by one step with `factor` times the gradients, which are left as they are."""

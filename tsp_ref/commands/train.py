@@ -19,10 +19,10 @@ from ..comm.control import agreed, gather_texts
 from ..config import Config
 from ..errors import UserError
 from ..terminal import console_for
-from .collect import digest
-from .data import Text, load_text
+from ..training.collect import digest
+from ..training.data import Text, load_text
+from ..training.loop import StepReport, Training
 from .holdings import holdings_table, short
-from .loop import StepReport, Training
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,18 @@ from typing import TypeVar
 import numpy as np
 from rich.console import Console
 
-from . import threads
-from .activations import Saved
-from .arrays import Array
-from .comm.communicator import Communicator
-from .comm.control import agreed, from_root
-from .comm.virtual import VirtualWorld
-from .config import Config
-from .parameters import Parameters, named_views
-from .terminal import console_for
-from .training.collect import owner_of, stream, stream_blocks
-from .training.data import load_text
-from .training.loop import Training
+from .. import threads
+from ..activations import Saved
+from ..arrays import Array
+from ..comm.communicator import Communicator
+from ..comm.control import agreed, from_root
+from ..comm.virtual import VirtualWorld
+from ..config import Config
+from ..parameters import Parameters, named_views
+from ..terminal import console_for
+from ..training.collect import owner_of, stream, stream_blocks
+from ..training.data import load_text
+from ..training.loop import Training
 
 Key = TypeVar("Key", int, tuple[int, int])
 

@@ -6,9 +6,9 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..comm.control import gather
+from ..comm.control import all_gather
 from ..config import Config
-from .loop import Training
+from ..training.loop import Training
 
 
 def model_state_bytes(config: Config) -> int:
@@ -53,7 +53,7 @@ def holdings_table(training: Training) -> Table:
                   padding=(0, 1, 0, 0), show_edge=False)
     for heading in ("rank", "weights", "grads", "AdamW", "sum", "share", "activations", "share", "buffers", "sent"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for rank, row in enumerate(gather(training.comm, mine)):
+    for rank, row in enumerate(all_gather(training.comm, mine)):
         weights, gradients, optimizer, state, activations, buffers, volume = (int(value) for value in row)
         table.add_row(str(rank), short(weights), short(gradients), short(optimizer), short(state),
                       f"1/{(one_state - gains) / (state - gains):.2f}", short(activations),
