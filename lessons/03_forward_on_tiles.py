@@ -337,7 +337,7 @@ class Course:
 def exchange_tiles(comm: Communicator, grid: Grid, own: Tiles) -> Tiles:
     """Every rank's tiles on every rank: here so that each can compute all keys and values by itself."""
     tiles, requests = dict(own), []
-    for peer in grid.others:
+    for peer in comm.others:
         for slot in grid.slots_of(peer):
             tiles[slot] = np.empty_like(own[grid.slots[0]])
             requests.append(comm.Irecv(tiles[slot], peer, Tag.TILE + slot))

@@ -106,7 +106,7 @@ def broadcast(comm: Communicator, model: Model, shard: Array, owner: int) -> tup
     """Start to bring an owner's packed {wq, wk, wv, wo} blocks to every rank: where they will lie, and the messages."""
     grid = model.grid
     if owner == grid.rank:
-        return shard, [comm.Isend(shard, peer, Tag.WEIGHTS) for peer in grid.others]
+        return shard, [comm.Isend(shard, peer, Tag.WEIGHTS) for peer in comm.others]
     coming = model.empty("buffers", len(grid.blocks_of(owner)), shard.shape[1])
     return coming, [comm.Irecv(coming, owner, Tag.WEIGHTS)]
 
@@ -134,9 +134,9 @@ def exchange(comm: Communicator, model: Model, own: Array) -> Array:
     grid = model.grid
     blocks, _, two, batch, heads, length, head_dim = own.shape
     whole = model.empty("buffers", blocks, two, batch, heads, grid.num_tiles * length, head_dim)
-    parts = {peer: model.empty("buffers", blocks, len(grid.slots_of(peer)), *own.shape[2:]) for peer in grid.others}
-    requests = [comm.Irecv(parts[peer], peer, Tag.KEYS_VALUES) for peer in grid.others]
-    requests += [comm.Isend(own, peer, Tag.KEYS_VALUES) for peer in grid.others]
+    parts = {peer: model.empty("buffers", blocks, len(grid.slots_of(peer)), *own.shape[2:]) for peer in comm.others}
+    requests = [comm.Irecv(parts[peer], peer, Tag.KEYS_VALUES) for peer in comm.others]
+    requests += [comm.Isend(own, peer, Tag.KEYS_VALUES) for peer in comm.others]
     comm.Waitall(requests)
     parts[grid.rank] = own
     for peer, part in parts.items():
@@ -277,7 +277,8 @@ def show_output(lesson: Lesson, output: Tiles, notes: Notes, truth: Judge) -> No
     lesson.say("Largest distance from plain causal attention in float64, relative to the largest value:")
     lesson.say_from_all(f"{gap:.1e}")
     lesson.check("keys and values lay in the order of the text, every bit the single process's",
-                 all(notes.keys_values[block].tobytes() == kv.tobytes() for block, kv in truth.saved.packed.items()))
+                 all(kv.tobytes() == notes.keys_values[block].tobytes()
+                     for block, kv in truth.saved.keys_values.items()))
     lesson.check("every bit of this rank's tokens equals the single process's",
                  all(tile.tobytes() == truth.output[slot].tobytes() for slot, tile in output.items()))
     lesson.check(f"and plain causal attention agrees within {TOLERANCE:g}", gap < TOLERANCE)

@@ -33,7 +33,7 @@ from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.config import make_config
-from tsp_ref.schedules import partials, tsp
+from tsp_ref.schedules import collectives, tsp
 from tsp_ref.training.collect import digest
 from tsp_ref.training.data import Text
 from tsp_ref.training.loop import Training
@@ -116,7 +116,7 @@ class InOrderOfArrival(Tree[Partial]):
 @contextmanager
 def sums_in_order_of_arrival() -> Iterator[None]:
     """Within it, TSP has no tree. For virtual ranks only: the ranks of this job go on with theirs."""
-    with mock.patch.object(tsp, "Tree", InOrderOfArrival), mock.patch.object(partials, "Tree", InOrderOfArrival):
+    with mock.patch.object(tsp, "Tree", InOrderOfArrival), mock.patch.object(collectives, "Tree", InOrderOfArrival):
         yield
 
 

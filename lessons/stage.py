@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.rule import Rule
 
 from tsp_ref.comm.communicator import Communicator
-from tsp_ref.comm.control import all_gather
+from tsp_ref.comm.control import all_gather, gather_texts
 from tsp_ref.comm.mpi import launcher_rank
 from tsp_ref.launch import start
 from tsp_ref.terminal import console_for
@@ -51,11 +51,8 @@ class Lesson:
 
     def say_from_all(self, text: str) -> None:
         """One line from each rank, in the order of ranks, printed by rank 0. Every rank must call it."""
-        coded = np.zeros(256, dtype=np.uint8)
-        line = np.frombuffer(text.encode()[:256], dtype=np.uint8)
-        coded[: len(line)] = line
-        for rank, row in enumerate(all_gather(self.comm, coded)):
-            self.say(escape(f"  rank {rank}: {row.tobytes().rstrip(bytes(1)).decode(errors='ignore')}"))
+        for rank, line in enumerate(gather_texts(self.comm, text)):
+            self.say(escape(f"  rank {rank}: {line}"))
 
     def check(self, statement: str, holds: bool) -> None:
         """A statement that must hold on every rank. Every rank must call it; a failure makes the lesson exit with 1."""

@@ -30,7 +30,7 @@ def test_virtual_ranks_in_any_order_print_the_single_process_s_digest(capsys):
 def test_verify_prints_a_verdict_for_each_tensor(capsys):
     assert main(["verify", "--ranks", "3", "--steps", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "EQUAL, every bit: 86 tensors, 3 ranks against one process, 1 steps"
+    assert lines[-1] == "EQUAL, every bit: 86 tensors, 3 ranks against one process, 1 step"
     assert sum(line.startswith("equal ") for line in lines) == 86
 
 
@@ -41,7 +41,7 @@ def test_a_log_is_appended_to_and_never_overwritten(capsys, tmp_path):
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert records[0] == {"mine": 1}
     assert records[1]["schedule"] == "tsp" and records[1]["start"]["hidden_size"] == 64
-    assert [record["step"] for record in records[2:5]] == [0, 1, 2]
+    assert [record["step"] for record in records[2:5]] == [1, 2, 3]
     assert records[4]["loss"] < records[2]["loss"]
     assert set(records[5]) == {"validation_loss"}
 

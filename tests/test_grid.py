@@ -46,13 +46,6 @@ def test_all_ranks_agree_on_who_owns_what(blocks: int, tiles: int, size: int) ->
         assert [grid.slots_of(rank) for rank in range(size)] == [other.slots for other in world]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 8])
-def test_the_others_are_all_other_ranks_beginning_with_the_next(size: int) -> None:
-    for grid in grids(8, 8, size):
-        assert sorted([*grid.others, grid.rank]) == list(range(size))
-        assert grid.others[:1] == [(grid.rank + 1) % size][: size - 1]
-
-
 def test_slots_hold_the_tiles_from_both_ends_in_turn() -> None:
     assert [zigzag(slot, 8) for slot in range(8)] == [0, 7, 1, 6, 2, 5, 3, 4]
     assert [zigzag(slot, 5) for slot in range(5)] == [0, 4, 1, 3, 2]

@@ -416,3 +416,10 @@ def test_a_bug_in_a_rank_is_not_taken_for_a_refusal() -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         run(3, lambda comm: agreed(comm, lambda: prepare(comm.rank)))
     assert caught.value.__notes__ == ["on virtual rank 1 of 3"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_the_others_are_all_other_ranks_beginning_with_the_next(size: int) -> None:
+    for comm in VirtualWorld(size).communicators:
+        assert sorted([*comm.others, comm.rank]) == list(range(size))
+        assert comm.others[:1] == [(comm.rank + 1) % size][: size - 1]

@@ -16,7 +16,7 @@ from tsp_ref.errors import MessageError
 from tsp_ref.ops import attention as attention_ops
 from tsp_ref.ops import norm as norm_ops
 from tsp_ref.reference import single
-from tsp_ref.schedules import partials, tsp
+from tsp_ref.schedules import collectives, tsp
 from tsp_ref.schedules.tags import Tag
 from tsp_ref.tree import Tree
 
@@ -31,6 +31,10 @@ def differences_test():
 
 def bits_test():
     test_equivalence.test_five_steps_on_virtual_ranks_have_the_digest_of_the_single_process("plain", 4, "float32")
+
+
+def verdicts_test():
+    test_equivalence.test_every_tensor_of_three_virtual_ranks_is_the_single_process_s()
 
 
 def orders_test():
@@ -90,13 +94,22 @@ def drop_a_key_value_gradient(monkeypatch):
     monkeypatch.setattr(single, "attend_backward", forgetful)
 
 
+def let_one_rank_s_gains_drift(monkeypatch):
+    honest = tsp.gains_backward
+
+    def drifting(comm, model, dgain, gradients):
+        honest(comm, model, dgain, gradients)
+        gradients.gains[0, 0] += comm.rank == 2
+
+    monkeypatch.setattr(tsp, "gains_backward", drifting)
+
+
 def sum_in_order_of_arrival(monkeypatch):
     def add(self, index, partial, level=0):
         waiting = self._waiting.pop(self._root, None)
         self._waiting[self._root] = partial if waiting is None else self.merge(waiting, partial)
 
-    monkeypatch.setattr(partials, "cover", lambda leaves, part: [(Tree(leaves)._root)])
-    monkeypatch.setattr(tsp, "cover", lambda leaves, part: [(Tree(leaves)._root)] if part else [])
+    monkeypatch.setattr(collectives, "cover", lambda leaves, part: [Tree(leaves)._root] if part else [])
     monkeypatch.setattr(Tree, "add", add)
 
 
@@ -121,6 +134,8 @@ def send_a_message_from_another_array(monkeypatch):
     (drop_a_key_value_gradient, naive_test),
     (drop_a_key_value_gradient, differences_test),
     (drop_a_key_value_gradient, bits_test),
+    (let_one_rank_s_gains_drift, bits_test),
+    (let_one_rank_s_gains_drift, verdicts_test),
     (sum_in_order_of_arrival, bits_test),
     (sum_in_order_of_arrival, orders_test),
     (send_a_message_from_another_array, bits_test),
@@ -150,5 +165,5 @@ def test_a_message_that_is_not_sent_is_named_not_waited_for(tag, monkeypatch):
 
 
 def test_unbroken_code_passes_the_tests_that_judge_the_mutations():
-    for test in (naive_test, differences_test, bits_test, orders_test):
+    for test in (naive_test, differences_test, bits_test, verdicts_test, orders_test):
         test()

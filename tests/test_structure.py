@@ -15,8 +15,11 @@ PICKLING = {"send", "recv", "isend", "irecv", "ssend", "bsend", "sendrecv", "bca
 # What a room may import from tsp_ref, and nothing else.
 ONLY = {"ops": ("arrays", "ops"), "comm": ("arrays", "errors", "comm")}
 # What a room may not import.
-NEVER = {"reference": ("comm", "schedules", "training", "commands", "cli"), "schedules": ("training", "commands", "cli"),
-         "training": ("commands", "cli")}
+NEVER = {
+    "reference": ("comm", "schedules", "training", "commands", "cli"),
+    "schedules": ("training", "commands", "cli"),
+    "training": ("commands", "cli"),
+}
 
 Sources = dict[str, str]
 Function = ast.FunctionDef | ast.AsyncFunctionDef

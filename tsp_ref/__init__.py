@@ -8,6 +8,18 @@ The letters in shape comments, here and everywhere:
     h  hidden size                  g  query heads a key/value head serves, H/K
     f  feed-forward size            L  layers                   V  vocabulary size
     n  keys that a tile of queries sees: all tokens up to the tile's last
+    m  blocks at hand: those of one owner
+
+The words:
+
+    part     the attention or the MLP of a layer, with its norm and its residual
+    block    1/G of a weight matrix: some heads, columns or rows; the matrices of a part travel packed in one flat array
+    tile     s tokens of a sequence, numbered in the order of the text
+    slot     a place in the order in which tiles are dealt to ranks: slot 0 holds tile 0, slot 1 the last tile, ...
+    owner    the rank that holds a block's weights, gradients and moments, or a slot's activations: its home
+    shard    all blocks of one owner, of one tensor
+    leaf     one tile's or one block's term of a sum; a node of the tree is the sum of some consecutive leaves
+    partial  a sum of some leaves; a piece is a partial that waits, or travels, because the node beside it is elsewhere
 
 Where to read, top to bottom: `config` (what a model is), `grid` (who owns what), `tree` (the one rule),
 `ops` (the maths of a tile), `reference` (two single-process models), `comm` (checked messages),

@@ -12,8 +12,8 @@ class AttentionSaved:
     """One attention part. The softmax itself is not kept: the backward recomputes it from the log-sum-exp."""
 
     x: Tiles  # slot -> [B, s, h], the layer's input
-    packed: dict[int, Array] = field(default_factory=dict)  # keys and values in the form that the schedule sends them
-    keys_values: dict[tuple[int, int], Array] = field(default_factory=dict)  # views: (block, slot) -> [2, B, K/G, s, e]
+    keys_values: dict[int, Array] = field(default_factory=dict)  # in the form that the schedule keeps and sends them
+    tile_keys_values: dict[tuple[int, int], Array] = field(default_factory=dict)  # (block, slot) -> [2, B, K/G, s, e]
     q: dict[tuple[int, int], Array] = field(default_factory=dict)  # (block, slot) -> [B, K/G, g*s, e]
     heads: dict[tuple[int, int], Array] = field(default_factory=dict)  # (block, slot) -> [B, K/G, g*s, e]
     logsumexp: dict[tuple[int, int], Array] = field(default_factory=dict)  # (block, slot) -> [B, K/G, g*s, 1]

@@ -1,4 +1,4 @@
-"""The two types that the maths is written in: an array, and the namespace whose functions make and change arrays."""
+"""The types that the maths is written in: arrays, the namespace whose functions make them, and arrays by slot."""
 
 from typing import Any, TypeAlias
 
@@ -12,4 +12,4 @@ Namespace: TypeAlias = Any
 given one as `xp`, so that nothing depends on which."""
 
 Tiles: TypeAlias = "dict[int, Array]"
-"""One array for each slot that a rank holds: slot -> [B, s, ...]."""
+"""One array for each slot that a rank holds; its shape is said where it is used, most often [B, s, h]."""

@@ -115,7 +115,8 @@ class Config:
         """Refuse a number of ranks that this grid cannot be dealt to."""
         if not 1 <= size <= self.max_ranks:
             raise UserError(f"ranks={size} is not possible: with blocks={self.blocks} and tiles={self.tiles} each rank "
-                            f"needs a block and a tile, so use 1 to {self.max_ranks} ranks, or raise both with --set")
+                            f"needs a block and a tile, so use 1 to {self.max_ranks} ranks, or raise the smaller with "
+                            "--set")
 
 
 def _require(holds: bool, config: Config, name: str, remedy: str) -> None:
@@ -154,7 +155,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "7b": dict(vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, ffn_size=16384,
                seq_len=16384, blocks=32, tiles=64, batch_size=1),
 }
-"""`tiny` runs in seconds, `small` is the default, `bench` is for timing, `7b`, the paper's model, for planning only."""
+"""`tiny` runs in seconds, `small` is the default, `bench` is for timing, `7b` for planning: the paper's layers."""
 
 PLANNING_ONLY = ("7b",)
 

@@ -1,4 +1,4 @@
-"""The errors that a user can mend, as opposed to mistakes in this program."""
+"""Two kinds of errors: a request that cannot be met, which its user can mend, and a message that is wrong."""
 
 
 class UserError(Exception):

@@ -1,7 +1,7 @@
 """The grid: blocks of weights, tiles of tokens, and who owns which on N ranks.
 
 A model's weights are cut in G blocks and its sequences in T tiles, whatever N is; a run only decides who owns them.
-No array that enters an operation has a shape that depends on N, so no rounding does.
+No array that enters an operation has a shape that depends on N, so no rounding does. (Source: ours.)
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ def share(count: int, rank: int, size: int) -> range:
 def zigzag(slot: int, tiles: int) -> int:
     """The tile in a slot. Slots hold the tiles in the order 0, T-1, 1, T-2, ...
 
-    A tile of queries costs as much causal attention as it has tokens before it, so a cheap tile is followed by a dear
-    one, and consecutive slots cost the same for every rank (source: ours; the paper names zigzag, not its rule).
+    A tile of queries costs as much causal attention as it has tokens before it, so a cheap tile is followed by an
+    expensive one: where N divides T/2 every rank has exactly as much to do. (Zigzag is the usual remedy, and the
+    paper's; its exact rule there was not available to us, and this order of slots is ours.)
     """
     return slot // 2 if slot % 2 == 0 else tiles - 1 - slot // 2
 
@@ -50,11 +51,6 @@ class Grid:
     def slots(self) -> range:
         """This rank's token slots."""
         return self.slots_of(self.rank)
-
-    @property
-    def others(self) -> list[int]:
-        """All other ranks, the next one first, so that not everyone speaks to rank 0 at once."""
-        return [(self.rank + step) % self.size for step in range(1, self.size)]
 
     def tile(self, slot: int) -> int:
         """The tile, in the order of the text, that a slot holds."""

@@ -1,4 +1,7 @@
-"""What a rank holds, counted where arrays are made and uncounted where they die."""
+"""What a rank holds: model state, kept activations and message buffers, counted from birth to death.
+
+Arrays that live only within an operation or a part (scores, normalised tiles, sums that wait) are not counted yet.
+"""
 
 from __future__ import annotations
 

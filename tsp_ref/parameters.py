@@ -19,17 +19,17 @@ from .model import Model
 
 @dataclass
 class Parameters:
-    """What one rank holds; n is the number of its blocks."""
+    """What one rank holds; m is the number of its blocks."""
 
-    embedding: Array  # [n, V/G, h]
-    attention: list[Array]  # for each layer [n, size of a packed block]
-    mlp: list[Array]  # for each layer [n, size of a packed block]
-    head: Array | None  # [n, V/G, h], or None where the head is the embedding
+    embedding: Array  # [m, V/G, h]
+    attention: list[Array]  # for each layer [m, size of a packed block]
+    mlp: list[Array]  # for each layer [m, size of a packed block]
+    head: Array | None  # [m, V/G, h], or None where the head is the embedding
     gains: Array  # [2L+1, h]: attention and MLP norm of each layer, then the last norm
 
     @property
     def head_table(self) -> Array:
-        """The head's rows [n, V/G, h], wherever they are kept."""
+        """The head's rows [m, V/G, h], wherever they are kept."""
         return self.embedding if self.head is None else self.head
 
     def tensors(self) -> Iterator[tuple[str, Array]]:
@@ -86,18 +86,18 @@ def named_views(config: Config, name: str, block: Array) -> dict[str, Array]:
 
 def zero_parameters(model: Model, kind: str) -> Parameters:
     """Zeros in the form of this rank's parameters, counted in its memory as `kind`."""
-    config, held = model.config, len(model.grid.blocks)
+    config, count = model.config, len(model.grid.blocks)
     attention = sum(rows * columns for rows, columns in attention_shapes(config))
     mlp = sum(rows * columns for rows, columns in mlp_shapes(config))
-    table = (held, config.vocab_size // config.blocks, config.hidden_size)
+    table = (count, config.vocab_size // config.blocks, config.hidden_size)
 
     def zeros(*shape: int) -> Array:
         return model.memory.track(kind, model.xp.zeros(shape, dtype=config.dtype))
 
     return Parameters(
         embedding=zeros(*table),
-        attention=[zeros(held, attention) for _ in range(config.num_layers)],
-        mlp=[zeros(held, mlp) for _ in range(config.num_layers)],
+        attention=[zeros(count, attention) for _ in range(config.num_layers)],
+        mlp=[zeros(count, mlp) for _ in range(config.num_layers)],
         head=None if config.tied_head else zeros(*table),
         gains=zeros(2 * config.num_layers + 1, config.hidden_size),
     )
@@ -106,18 +106,18 @@ def zero_parameters(model: Model, kind: str) -> Parameters:
 def initial_parameters(model: Model) -> Parameters:
     """This rank's blocks of the initial weights: each drawn from a generator keyed by (seed, tensor, block).
 
-    Standard deviation 0.02, for the matrices that write into the residual stream 0.02 / sqrt(2L); gains are one.
+    Standard deviation 0.02, for the matrices that write into the residual stream 0.02 / sqrt(2L), as in GPT-2; gains one.
     Nothing depends on the rank, and no rank ever draws a block that it does not own.
     """
     config = model.config
     parameters = zero_parameters(model, "weights")
     parameters.gains[...] = 1.0
     for number, (name, tensor) in enumerate(parameters.tensors()):
-        for held, block in zip(tensor, model.grid.blocks):
+        for array, block in zip(tensor, model.grid.blocks):
             generator = np.random.default_rng([config.seed, number, block])
-            drawn = generator.standard_normal(held.shape, dtype=np.dtype(config.dtype).type)
-            held[...] = model.xp.asarray(0.02 * drawn)
-            for field, matrix in named_views(config, name, held).items():
+            drawn = generator.standard_normal(array.shape, dtype=np.dtype(config.dtype).type)
+            array[...] = model.xp.asarray(0.02 * drawn)
+            for field, matrix in named_views(config, name, array).items():
                 if field in ("wo", "down"):
                     matrix *= (2 * config.num_layers) ** -0.5
     return parameters

@@ -28,6 +28,7 @@ def require_one(claim: str) -> None:
 
     threads = max((pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"), default=1)
     if threads > 1:
-        chosen = next((f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ), "this machine")
-        raise UserError(f"{claim} compares bits, and BLAS would use {threads} threads ({chosen}), which changes bits "
-                        f"with the shape of the machine: set {VARIABLES[0]}=1, or leave it unset")
+        chosen = [f"{name}={os.environ[name]}" for name in VARIABLES if os.environ.get(name, "1") != "1"]
+        why = ", ".join(chosen) or "set by the program that started this one"
+        raise UserError(f"{claim} compares bits, and BLAS would use {threads} threads ({why}), which may change bits "
+                        "from one machine or number of ranks to another: use 1 thread")

@@ -33,6 +33,6 @@ def totals(trees: dict[int, Tree[Array]]) -> Tiles:
     return {slot: tree.total for slot, tree in trees.items()}
 
 
-def squares(model: Model, gradients: Parameters, held: int) -> Array:
-    """The sum of squares of each tensor's block number `held` of those that this rank holds: [number of tensors]."""
-    return model.xp.stack([model.xp.sum(tensor[held] * tensor[held]) for _, tensor in gradients.tensors()])
+def squares(model: Model, gradients: Parameters, position: int) -> Array:
+    """The sum of squares of each tensor's block at `position` among those that this rank holds: [number of tensors]."""
+    return model.xp.stack([model.xp.sum(tensor[position] * tensor[position]) for _, tensor in gradients.tensors()])

@@ -1,8 +1,10 @@
-"""The one rule: every sum that crosses a block or a tile is the same fixed binary tree over the block or slot index.
+"""The one rule: every sum over blocks, and every sum over the slots of tiles, is the same fixed binary tree.
 
 Float addition is not associative, so a sum in order of arrival has other bits at every run. Here the order is part of
 the model: leaves 0..n-1 are paired as in a tournament, (0+1)+(2+3) and so on, and a partial sum waits until the partial
 beside it is there. Which rank computed a leaf, and when it arrived, changes no bit.
+
+One sum needs no tree: a tile's softmax over all keys that it sees is one call, whose shape depends on the tile alone. (Source: ours.)
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def add(left: Any, right: Any) -> Any:
 
 @lru_cache(maxsize=4096)
 def _occupied(leaves: tuple[int, ...]) -> frozenset[Node]:
-    """Every node above at least one leaf, the root last in level."""
+    """Every node that is a leaf or above one."""
     nodes: set[Node] = set()
     for level in range(max(leaves).bit_length() + 1):
         nodes.update((level, leaf >> level) for leaf in leaves)
@@ -67,7 +69,8 @@ class Tree(Generic[Partial]):
     @property
     def total(self) -> Partial:
         """The sum of all leaves, once all have arrived."""
-        if self._root not in self._waiting:
+        # Anything that waits beside the root came twice.
+        if list(self._waiting) != [self._root]:
             raise ValueError(f"the tree over leaves {self.leaves} holds only the nodes {sorted(self._waiting)}")
         return self._waiting[self._root]
 

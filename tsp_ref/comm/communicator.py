@@ -67,6 +67,11 @@ class Communicator(ABC):
         self.ledger = Ledger()
         self._open: dict[int, Request] = {}
 
+    @property
+    def others(self) -> list[int]:
+        """All other ranks, the next one first, so that not everyone speaks to rank 0 at once."""
+        return [(self.rank + step) % self.size for step in range(1, self.size)]
+
     def Isend(self, array: Array, dest: int, tag: int) -> Request:
         """Start to send `array`. It is neither copied nor to be changed before the request is complete."""
         return self._post(Request("send", array, self.rank, dest, tag))
@@ -91,7 +96,7 @@ class Communicator(ABC):
             self.Wait(request)
 
     def Waitany(self, requests: list[Request]) -> int:
-        """The index of a message that is complete: the first to arrive, as far as can be told."""
+        """The index of a message that is complete, as soon as one is."""
         if not requests:
             raise ValueError("Waitany needs at least one request: nothing else would ever end it")
         polls = 0
@@ -118,7 +123,7 @@ class Communicator(ABC):
         # An array that lies in memory in another order would arrive in that order, silently.
         if not array.flags.c_contiguous:
             raise MessageError(f"{request}: the array must be C-contiguous; send a copy, or lay it out so")
-        if request.verb == "receive" and not array.flags.writeable:
+        if request.verb == "receive" and not getattr(array.flags, "writeable", True):
             raise MessageError(f"{request}: the array must be writeable")
         self.ledger.count(request)
         self._open[id(request)] = request

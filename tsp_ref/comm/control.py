@@ -34,9 +34,8 @@ def gather_texts(comm: Communicator, text: str) -> list[str]:
 def all_gather(comm: Communicator, mine: Array) -> list[Array]:
     """Every rank's array, of one shape for all, in the order of ranks, on every rank."""
     rows = [mine if rank == comm.rank else np.empty_like(mine) for rank in range(comm.size)]
-    others = [rank for rank in range(comm.size) if rank != comm.rank]
-    requests = [comm.Irecv(rows[rank], rank, ControlTag.CONTROL) for rank in others]
-    requests += [comm.Isend(mine, rank, ControlTag.CONTROL) for rank in others]
+    requests = [comm.Irecv(rows[rank], rank, ControlTag.CONTROL) for rank in comm.others]
+    requests += [comm.Isend(mine, rank, ControlTag.CONTROL) for rank in comm.others]
     comm.Waitall(requests)
     return rows
 

@@ -39,7 +39,8 @@ def launcher_rank() -> int:
 
 class MPICommunicator(Communicator):
     """A communicator over an MPI communicator of its own. Sizes are checked on both sides; MPI carries no dtype, so
-    that is checked on each side, and a float32 message for a float64 array is caught as one of the wrong size."""
+    that is checked on each side only: a float32 message for a float64 array is caught as one of the wrong size, but an
+    int64 message for it is not. Virtual ranks compare both ends."""
 
     def __init__(self, mpi: Any) -> None:
         self.mpi = mpi.COMM_WORLD.Dup()

@@ -3,10 +3,10 @@
 Only one rank runs at a time; it hands on the turn when it has to wait. So a run is repeatable: the turns and the order
 in which messages are delivered follow from the seed, or are the order of posting where none is given.
 
-It is stricter than MPI, on purpose. A message is copied at delivery, as late as its receiver can bear, straight from
-the sender's array: a send buffer that is changed too early, or a receive buffer that is read too early, changes bits.
-No send completes before its receive is posted, so a program that relies on buffering stops with the list of who waits
-for whom.
+It is stricter than MPI, on purpose. A message is copied straight from the sender's array, and late: when no rank can go
+on without it, or with a seed by chance. So a send buffer that is changed too early, or a receive buffer that is read
+too early, changes bits. No send completes before its receive is posted, so a program that relies on buffering stops
+with the list of who waits for whom.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..comm.control import all_gather
+from ..comm.control import ControlTag, all_gather
 from ..config import Config
 from ..training.loop import Training
 
@@ -46,7 +46,8 @@ def holdings_table(training: Training) -> Table:
     """One row a rank. Every rank must call it; only rank 0's is to be shown."""
     config, memory, ledger = training.config, training.model.memory, training.comm.ledger
     one_state, one_activations, gains = model_state_bytes(config), activation_bytes(config), gain_bytes(config)
-    messages, sent = ledger.sums("send")
+    control = ledger.sums("send", ControlTag.CONTROL.name)
+    messages, sent = (total - part for total, part in zip(ledger.sums("send"), control))
     mine = np.array([memory.peak["weights"], memory.peak["gradients"], memory.peak["optimizer"],
                      memory.model_state_peak, memory.peak["activations"], memory.peak["buffers"], sent])
     table = Table(title="What each rank held at its peak, and sent, in bytes", title_justify="left", box=SIMPLE_HEAD,
@@ -63,6 +64,6 @@ def holdings_table(training: Training) -> Table:
                   short(one_activations), "1", "", "")
     table.caption = (f"sum: the largest that weights, gradients and moments were together. share: of what one process "
                      f"holds alone; left out are the norms' gains, {short(gains)} with their gradients and moments, "
-                     f"which every rank holds. Rank 0 sent {messages:,} messages.")
+                     f"which every rank holds. sent: in all steps and the validation; rank 0 in {messages:,} messages.")
     table.caption_justify = "left"
     return table

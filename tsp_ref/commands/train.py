@@ -18,6 +18,7 @@ from ..comm.communicator import Communicator
 from ..comm.control import agreed, gather_texts
 from ..config import Config
 from ..errors import UserError
+from ..memory import MODEL_STATE
 from ..terminal import console_for
 from ..training.collect import digest
 from ..training.data import Text, load_text
@@ -46,7 +47,7 @@ def train(comm: Communicator, options: TrainOptions) -> int:
         _run_steps(console, training, log)
         validation = training.validate()
         console.print(f"validation loss {validation:.4f} on held-out text; training loss "
-                      f"{training.losses[0]:.4f} -> {training.losses[-2]:.4f}", highlight=False)
+                      f"{training.losses[0]:.4f} -> {training.losses[-1]:.4f}", highlight=False)
         _write(log, {"validation_loss": validation})
         console.print(holdings_table(training))
         if options.digest:
@@ -112,15 +113,15 @@ def _run_steps(console: Console, training: Training, log: IO[str] | None) -> Non
             seconds = time.perf_counter() - begin
             line = _line(training, report, seconds)
             progress.update(task, advance=1, line=line)
-            if not console.is_terminal and (report.step % every == 0 or report.step + 1 == config.steps):
-                console.print(f"step {report.step + 1:>4}/{config.steps}  {line}", highlight=False)
+            if not console.is_terminal and (report.step % every == 0 or report.step in (1, config.steps)):
+                console.print(f"step {report.step:>4}/{config.steps}  {line}", highlight=False)
             _write(log, dataclasses.asdict(report) | {"seconds": seconds})
 
 
 def _line(training: Training, report: StepReport, seconds: float) -> str:
     tokens = training.config.batch_size * training.config.seq_len
     held = training.model.memory.held
-    state = sum(held[kind] for kind in ("weights", "gradients", "optimizer"))
+    state = sum(held[kind] for kind in MODEL_STATE)
     return (f"loss {report.loss:.4f}  norm {report.norm:.2f}  {tokens / seconds:,.0f} tokens/s  "
             f"this rank holds {short(state)}B")
 

@@ -14,7 +14,7 @@ from .. import threads
 from ..activations import Saved
 from ..arrays import Array
 from ..comm.communicator import Communicator
-from ..comm.control import agreed, from_root
+from ..comm.control import agreed, all_gather, from_root
 from ..comm.virtual import VirtualWorld
 from ..config import Config
 from ..parameters import Parameters, named_views
@@ -62,10 +62,14 @@ class Judge:
             else:
                 console.print(f"[green]equal[/]    {name}  {verdict.pieces} pieces", highlight=False)
         wrong = sum(verdict.different > 0 for verdict in self.verdicts.values())
-        over = f"{len(self.verdicts)} tensors, {ranks} ranks against one process, {steps} steps"
+        over = f"{len(self.verdicts)} tensors, {_count(ranks, 'rank')} against one process, {_count(steps, 'step')}"
         closing = f"[red]NOT EQUAL[/]: {wrong} of {over}" if wrong else f"[green]EQUAL[/], every bit: {over}"
         console.print(closing, highlight=False)
         return wrong == 0
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def verify(comm: Communicator, config: Config, text_paths: list[str] | None = None) -> int:
@@ -91,26 +95,35 @@ def compare_step(judge: Judge, run: Training, reference: Training | None) -> Non
     """One step of both, compared after the forward, after the backward and after the update."""
     step = f"step {run.steps_done + 1}"
     loss, saved = run.forward()
-    reference_loss, reference_saved = reference.forward() if reference else (0.0, None)
-    if reference:
-        judge.compare("loss", step, np.array(loss), np.array(reference_loss))
+    reference_loss, reference_saved = reference.forward() if reference else (None, None)
+    compare_copies(judge, "loss", run, loss, reference_loss, step)
     compare_activations(judge, run, saved, reference_saved, step)
     run.strategy.backward(saved, run.weights, run.gradients)
     if reference and reference_saved:
         reference.strategy.backward(reference_saved, reference.weights, reference.gradients)
     norm = run.update()
-    if reference:
-        judge.compare("gradient norm", step, np.array(norm), np.array(reference.update()))
+    compare_copies(judge, "gradient norm", run, norm, reference.update() if reference else None, step)
     # The update leaves the gradients as they are, so they can be compared after it.
     wanted = held_parameters(reference) if reference else {}
     for prefix, found in held_parameters(run).items():
         compare_parameters(judge, prefix, run, found, wanted.get(prefix), step)
+        gains = wanted[prefix].gains if reference else None
+        compare_copies(judge, f"{prefix}gains", run, found.gains, gains, step)
 
 
 def held_parameters(training: Training) -> dict[str, Parameters]:
     """All that a rank holds between steps, with what to call it."""
     return {"gradient of ": training.gradients, "updated ": training.weights,
             "first moment of ": training.optimizer.first, "second moment of ": training.optimizer.second}
+
+
+def compare_copies(
+    judge: Judge, name: str, run: Training, found: Array | float, wanted: Array | float | None, step: str
+) -> None:
+    """Something that every rank holds, so every rank's copy."""
+    for rank, copy in enumerate(all_gather(run.comm, np.atleast_1d(found))):
+        if wanted is not None:
+            judge.compare(name, f"{step}, rank {rank}", copy, np.atleast_1d(wanted))
 
 
 def compare_parameters(
@@ -121,9 +134,6 @@ def compare_parameters(
     for name, block, array in stream_blocks(run.comm, run.model, found):
         if wanted is None:
             continue
-        if name == "gains":
-            judge.compare(prefix + name, step, array, wanted.gains)
-            continue
         pairs = zip(named_views(run.config, name, array).items(),
                     named_views(run.config, name, wanted_tensors[name][block]).values())
         for (matrix, one), other in pairs:
@@ -132,11 +142,11 @@ def compare_parameters(
 
 
 def compare_activations(judge: Judge, run: Training, found: Saved, wanted: Saved | None, step: str) -> None:
-    """Everything that the forward keeps, tile by tile."""
+    """Every activation that the forward keeps, tile by tile."""
     config = run.config
     slots = list(range(config.tiles))
     pairs = [(block, slot) for block in range(config.blocks) for slot in slots]
-    attention_kept = (("x", slots), ("q", pairs), ("keys_values", pairs), ("heads", pairs), ("logsumexp", pairs))
+    attention_kept = (("x", slots), ("q", pairs), ("tile_keys_values", pairs), ("heads", pairs), ("logsumexp", pairs))
     for layer in range(config.num_layers):
         for part, kept in (("attention", attention_kept), ("mlp", (("x", slots), ("projected", pairs)))):
             for name, keys in kept:

@@ -18,13 +18,13 @@ def embed_forward(xp: Namespace, tokens: Array, table: Array, first: int) -> Arr
     return xp.where(inside[..., None], found, 0.0)
 
 
-def embed_backward(xp: Namespace, dx: Array, tokens: Array, first: int, out: Array) -> None:
-    """dx [B, s, h] is added up by token, into `out` [V/G, h].
+def embed_backward(xp: Namespace, dy: Array, tokens: Array, first: int, out: Array) -> None:
+    """dy [B, s, h] is added up by token, into `out` [V/G, h].
 
     As a product with a one-hot matrix, because its order of summation is fixed: a scatter-add's is not, on a GPU.
     """
-    hot = one_hot(xp, tokens, first, out.shape[0], dx.dtype)
-    xp.matmul(hot.T, dx.reshape(hot.shape[0], -1), out=out)
+    hot = one_hot(xp, tokens, first, out.shape[0], dy.dtype)
+    xp.matmul(hot.T, dy.reshape(hot.shape[0], -1), out=out)
 
 
 def one_hot(xp: Namespace, tokens: Array, first: int, rows: int, dtype: object) -> Array:

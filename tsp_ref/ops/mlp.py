@@ -1,4 +1,7 @@
-"""SwiGLU, the gated feed-forward part, for one block of its columns: y = (silu(x gate) * (x up)) down."""
+"""SwiGLU, the gated feed-forward part, for one block of its columns: y = (silu(x gate) * (x up)) down.
+
+Source: arXiv 2002.05202.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RMSNorm."""
+"""RMSNorm (arXiv 1910.07467)."""
 
 from __future__ import annotations
 

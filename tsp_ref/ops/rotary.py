@@ -1,4 +1,5 @@
-"""Rotary position embedding, half-split convention: entry i of a head is turned together with entry i + e/2."""
+"""Rotary position embedding (arXiv 2104.09864), in the half-split convention of Llama checkpoints: entry i of a head is
+turned together with entry i + e/2."""
 
 from __future__ import annotations
 

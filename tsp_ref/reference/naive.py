@@ -69,72 +69,96 @@ def softmax(x: Array) -> Array:
     return powers / powers.sum(-1, keepdims=True)
 
 
+def silu(x: Array) -> Array:
+    """x · sigmoid(x)."""
+    return x / (1 + np.exp(-x))
+
+
+def layer_forward(config: Config, w: Weights, gains: Array, x: Array) -> tuple[Array, Weights]:
+    """One layer: x [B, S, h], gains [2, h] -> [B, S, h], and everything that was computed on the way, by name."""
+    eps, theta, e, g = config.norm_eps, config.rope_theta, config.head_dim, config.group_size
+    a = x / rms(x, eps) * gains[0]
+    q = rotate(split(a @ w["wq"], e), theta)  # [B, S, h] -> [B, H, S, e]
+    k = rotate(split(a @ w["wk"], e), theta).repeat(g, 1)  # [B, S, h] -> [B, H, S, e]
+    v = split(a @ w["wv"], e).repeat(g, 1)  # [B, S, h] -> [B, H, S, e]
+    scores = q @ k.swapaxes(-1, -2) / np.sqrt(np.array(e, x.dtype))  # [B, H, S, e] -> [B, H, S, S]
+    future = np.triu(np.ones(scores.shape[-2:], bool), 1)  # [S, S]
+    p = softmax(np.where(future, -np.inf, scores))
+    heads = join(p @ v)  # [B, H, S, S] -> [B, S, H*e]
+    middle = x + heads @ w["wo"]
+    b = middle / rms(middle, eps) * gains[1]
+    gate, up = b @ w["gate"], b @ w["up"]  # -> [B, S, f], [B, S, f]
+    y = middle + (silu(gate) * up) @ w["down"]
+    return y, dict(x=x, a=a, q=q, k=k, v=v, p=p, heads=heads, middle=middle, b=b, gate=gate, up=up)
+
+
+def layer_backward(
+    config: Config, w: Weights, gains: Array, dy: Array, kept: Weights
+) -> tuple[Array, Weights, tuple[Array, Array]]:
+    """dy [B, S, h] -> dx [B, S, h], the gradients of the layer's matrices by name, and those of its two gains [h]."""
+    eps, theta, e, g = config.norm_eps, config.rope_theta, config.head_dim, config.group_size
+    a, b, q, k, v, p, gate, up = (kept[name] for name in ("a", "b", "q", "k", "v", "p", "gate", "up"))
+    sigmoid = 1 / (1 + np.exp(-gate))
+    dgated = dy @ w["down"].T  # [B, S, h] -> [B, S, f]
+    dup = dgated * gate * sigmoid
+    dgate = dgated * up * (sigmoid + gate * sigmoid * (1 - sigmoid))
+    db = dgate @ w["gate"].T + dup @ w["up"].T
+    dmiddle, dgain_mlp = norm_backward(db, kept["middle"], gains[1], eps)
+    dmiddle = dmiddle + dy
+    dheads = split(dmiddle @ w["wo"].T, e)  # [B, S, h] -> [B, H, S, e]
+    dv = p.swapaxes(-1, -2) @ dheads  # [B, H, S, S] -> [B, H, S, e]
+    dp = dheads @ v.swapaxes(-1, -2)  # [B, H, S, e] -> [B, H, S, S]
+    dscores = p * (dp - (dp * p).sum(-1, keepdims=True)) / np.sqrt(np.array(e, dy.dtype))
+    dq = rotate(dscores @ k, theta, -1.0)  # [B, H, S, S] -> [B, H, S, e]
+    dk = rotate(dscores.swapaxes(-1, -2) @ q, theta, -1.0)  # [B, H, S, S] -> [B, H, S, e]
+    dq, dk, dv = join(dq), join(fold(dk, g)), join(fold(dv, g))  # -> [B, S, H*e], [B, S, K*e], [B, S, K*e]
+    da = dq @ w["wq"].T + dk @ w["wk"].T + dv @ w["wv"].T
+    dx, dgain_attention = norm_backward(da, kept["x"], gains[0], eps)
+    gradients = {
+        "wq": product(a, dq), "wk": product(a, dk), "wv": product(a, dv), "wo": product(kept["heads"], dmiddle),
+        "gate": product(b, dgate), "up": product(b, dup), "down": product(silu(gate) * up, dy),
+    }
+    return dx + dmiddle, gradients, (dgain_attention, dgain_mlp)
+
+
+def fold(dx: Array, copies: int) -> Array:
+    """The gradient of heads that were repeated: the sum over their copies. [B, H, S, e] -> [B, K, S, e]."""
+    batch, heads, length, size = dx.shape
+    return dx.reshape(batch, heads // copies, copies, length, size).sum(2)
+
+
+def product(x: Array, dy: Array) -> Array:
+    """The gradient of w in x @ w: [B, S, i], [B, S, o] -> [i, o]."""
+    return np.einsum("bsi,bso->io", x, dy)
+
+
 def loss_and_gradients(config: Config, weights: Weights, tokens: Array, targets: Array) -> dict[str, Any]:
     """tokens, targets [B, S]. Returns loss, logits [B, S, V] and gradients, in the form of `weights`."""
-    eps, theta, e, g = config.norm_eps, config.rope_theta, config.head_dim, config.group_size
     gains, embedding = weights["gains"], weights["embedding"]
     head = embedding if weights["head"] is None else weights["head"]
-    hidden_from_future = np.triu(np.ones((tokens.shape[1],) * 2, bool), 1)
-
-    x = embedding[tokens]
-    kept = []
+    x, kept = embedding[tokens], []
     for layer, w in enumerate(weights["layers"]):
-        a = x / rms(x, eps) * gains[2 * layer]
-        q, k, v = split(a @ w["wq"], e), split(a @ w["wk"], e), split(a @ w["wv"], e)
-        q, k = rotate(q, theta), rotate(k, theta)
-        k, v = k.repeat(g, 1), v.repeat(g, 1)
-        scores = q @ k.swapaxes(-1, -2) / np.sqrt(np.array(e, x.dtype))
-        p = softmax(np.where(hidden_from_future, -np.inf, scores))
-        heads = join(p @ v)
-        middle = x + heads @ w["wo"]
-        b = middle / rms(middle, eps) * gains[2 * layer + 1]
-        gate, up = b @ w["gate"], b @ w["up"]
-        gated = gate / (1 + np.exp(-gate)) * up
-        kept.append((x, a, q, k, v, p, heads, middle, b, gate, up, gated))
-        x = middle + gated @ w["down"]
-    last = x / rms(x, eps) * gains[-1]
-    logits = last @ head.T
+        x, computed = layer_forward(config, w, gains[2 * layer : 2 * layer + 2], x)
+        kept.append(computed)
+    last = x / rms(x, config.norm_eps) * gains[-1]
+    logits = last @ head.T  # [B, S, h] -> [B, S, V]
+    right = np.arange(config.vocab_size) == targets[..., None]  # [B, S] -> [B, S, V]
     p = softmax(logits)
-    picked = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    largest = logits.max(-1)
-    loss = np.mean(largest + np.log(np.exp(logits - largest[..., None]).sum(-1)) - picked)
+    largest = logits.max(-1)  # [B, S, V] -> [B, S]
+    losses = largest + np.log(np.exp(logits - largest[..., None]).sum(-1)) - logits[right].reshape(targets.shape)
 
-    dlogits = p / targets.size
-    np.put_along_axis(dlogits, targets[..., None],
-                      np.take_along_axis(dlogits, targets[..., None], -1) - dlogits.dtype.type(1 / targets.size), -1)
-    dhead = np.einsum("bsv,bsh->vh", dlogits, last)
+    dlogits = (p - right.astype(p.dtype)) / targets.size
+    dhead: Array | None = product(dlogits, last)  # -> [V, h]
     dgains = np.empty_like(gains)
-    dx, dgains[-1] = norm_backward(dlogits @ head, x, gains[-1], eps)
-    dlayers: list[Weights] = [{} for _ in kept]
-    for layer in reversed(range(len(kept))):
-        w, d = weights["layers"][layer], dlayers[layer]
-        x, a, q, k, v, p, heads, middle, b, gate, up, gated = kept[layer]
-        d["down"] = np.einsum("bsf,bsh->fh", gated, dx)
-        dgated = dx @ w["down"].T
-        sig = 1 / (1 + np.exp(-gate))
-        dup = dgated * gate * sig
-        dgate = dgated * up * (sig + gate * sig * (1 - sig))
-        d["gate"], d["up"] = np.einsum("bsh,bsf->hf", b, dgate), np.einsum("bsh,bsf->hf", b, dup)
-        dmiddle, dgains[2 * layer + 1] = norm_backward(
-            dgate @ w["gate"].T + dup @ w["up"].T, middle, gains[2 * layer + 1], eps)
-        dmiddle = dmiddle + dx
-        d["wo"] = np.einsum("bsa,bsh->ah", heads, dmiddle)
-        dheads = split(dmiddle @ w["wo"].T, e)
-        dv = p.swapaxes(-1, -2) @ dheads
-        dp = dheads @ v.swapaxes(-1, -2)
-        dscores = p * (dp - (dp * p).sum(-1, keepdims=True)) / np.sqrt(np.array(e, x.dtype))
-        dq, dk = rotate(dscores @ k, theta, -1.0), dscores.swapaxes(-1, -2) @ q
-        # Every key/value head was repeated g times: its gradient is the sum over its copies.
-        batch, _, length, _ = dk.shape
-        dk, dv = dk.reshape(batch, -1, g, length, e).sum(2), dv.reshape(batch, -1, g, length, e).sum(2)
-        dq, dk, dv = join(dq), join(rotate(dk, theta, -1.0)), join(dv)
-        d["wq"], d["wk"], d["wv"] = (np.einsum("bsh,bsa->ha", a, grad) for grad in (dq, dk, dv))
-        da = dq @ w["wq"].T + dk @ w["wk"].T + dv @ w["wv"].T
-        dx, dgains[2 * layer] = norm_backward(da, x, gains[2 * layer], eps)
-        dx = dx + dmiddle
+    dlayers: list[Weights] = []
+    dx, dgains[-1] = norm_backward(dlogits @ head, x, gains[-1], config.norm_eps)
+    for layer in reversed(range(config.num_layers)):
+        pair = slice(2 * layer, 2 * layer + 2)
+        dx, dmatrices, dgains[pair] = layer_backward(config, weights["layers"][layer], gains[pair], dx, kept[layer])
+        dlayers.insert(0, dmatrices)
     dembedding = np.zeros_like(embedding)
     np.add.at(dembedding, tokens, dx)
     if weights["head"] is None:
         dembedding, dhead = dembedding + dhead, None
     gradients = {"embedding": dembedding, "head": dhead, "gains": dgains, "layers": dlayers}
-    return {"loss": float(loss), "logits": logits, "gradients": gradients}
+    return {"loss": float(losses.mean()), "logits": logits, "gradients": gradients}

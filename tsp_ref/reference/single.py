@@ -52,25 +52,25 @@ def embedding_backward(model: Model, dx: Tiles, tokens: Tiles, weights: Paramete
 def attention_forward(model: Model, x: Tiles, weights: Parameters, layer: int) -> tuple[Tiles, AttentionSaved]:
     """x plus the attention of the normalised x: slot -> [B, s, h].
 
-    Kept packed: block -> [2, B, K/G, S, e], keys and values of the whole sequence.
+    Kept keys and values: block -> [2, B, K/G, S, e], of the whole sequence.
     """
     config, grid, xp, track = model.config, model.grid, model.xp, model.memory.track
     normed = normalise(model, x, weights.gains[2 * layer])
     output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
     saved = AttentionSaved(x)
     for block, packed in zip(grid.blocks, weights.attention[layer]):
-        wqkv, wo = attention_views(config, packed)
+        wqkv, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
         keys_values = model.empty(
             "activations", 2, config.batch_size, config.kv_heads_per_block, config.seq_len, config.head_dim)
-        saved.packed[block] = keys_values
+        saved.keys_values[block] = keys_values
         for slot in grid.slots:
             q, k, v = qkv_forward(xp, normed[slot], wqkv, model.rotary[slot], config.group_size)
             saved.q[block, slot] = track("activations", q)
             keys_values[0, :, :, grid.tokens(slot)] = k
             keys_values[1, :, :, grid.tokens(slot)] = v
-            saved.keys_values[block, slot] = keys_values[:, :, :, grid.tokens(slot)]
+            saved.tile_keys_values[block, slot] = keys_values[:, :, :, grid.tokens(slot)]
         for slot in grid.slots:
-            k, v = keys_values[:, :, :, : grid.visible(slot)]
+            k, v = keys_values[:, :, :, : grid.visible(slot)]  # [2, B, K/G, S, e] -> [B, K/G, n, e], [B, K/G, n, e]
             heads, logsumexp = attend_forward(xp, saved.q[block, slot], k, v, model.mask)
             output[slot].add(block, out_forward(xp, heads, wo, config.tile_len))
             saved.heads[block, slot] = track("activations", heads)
@@ -87,13 +87,13 @@ def attention_backward(
     normed = normalise(model, saved.x, gain)
     dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
     for block, packed, out in zip(grid.blocks, weights.attention[layer], gradients.attention[layer]):
-        wqkv, wo = attention_views(config, packed)
+        wqkv, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
         dq: Tiles = {}
         dkv = {slot: Tree[Array](grid.readers(slot)) for slot in grid.slots}
         for slot in grid.slots:
-            k, v = saved.packed[block][:, :, :, : grid.visible(slot)]
+            k, v = saved.keys_values[block][:, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
             heads = saved.heads[block, slot]
-            dheads = out_backward(xp, dy[slot], heads, wo, config.tile_len)
+            dheads = out_backward(xp, dy[slot], heads, wo, config.tile_len)  # -> [B, K/G, g*s, e]
             dq[slot], dkeys = attend_backward(
                 xp, dheads, saved.q[block, slot], k, v, model.mask, heads, saved.logsumexp[block, slot])
             for seen, tree in dkv.items():
@@ -102,8 +102,8 @@ def attention_backward(
         dweights = Tree[Array](range(config.tiles))
         for slot in grid.slots:
             leaf = model.empty("buffers", packed.size)
-            dwqkv, dwo = attention_views(config, leaf)
-            dk, dv = dkv[slot].total
+            dwqkv, dwo = attention_views(config, leaf)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+            dk, dv = dkv[slot].total  # -> [B, K/G, s, e], [B, K/G, s, e]
             dnormed[slot].add(block, qkv_backward(
                 xp, dq[slot], dk, dv, normed[slot], wqkv, model.rotary[slot], out=dwqkv))
             out_backward_weight(xp, dy[slot], saved.heads[block, slot], out=dwo)
@@ -120,9 +120,9 @@ def mlp_forward(model: Model, x: Tiles, weights: Parameters, layer: int) -> tupl
     output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
     saved = MlpSaved(x)
     for block, packed in zip(grid.blocks, weights.mlp[layer]):
-        gate_up, down = mlp_views(config, packed)
+        gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
         for slot in grid.slots:
-            y, projected = swiglu_forward(xp, normed[slot], gate_up, down)
+            y, projected = swiglu_forward(xp, normed[slot], gate_up, down)  # -> [B, s, h], [B*s, 2*f/G]
             output[slot].add(block, y)
             saved.projected[block, slot] = model.memory.track("activations", projected)
     return add_residual(model, x, output), saved
@@ -137,7 +137,7 @@ def mlp_backward(
     normed = normalise(model, saved.x, gain)
     dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
     for block, packed, out in zip(grid.blocks, weights.mlp[layer], gradients.mlp[layer]):
-        gate_up, down = mlp_views(config, packed)
+        gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
         dweights = Tree[Array](range(config.tiles))
         for slot in grid.slots:
             leaf = model.empty("buffers", packed.size)
@@ -161,7 +161,7 @@ def head_forward(model: Model, x: Tiles, targets: Tiles, weights: Parameters) ->
     saved = HeadSaved(x)
     loss = Tree[Array](range(config.tiles))
     for slot in grid.slots:
-        losses, logsumexp = token_losses(xp, triples[slot].total)
+        losses, logsumexp = token_losses(xp, triples[slot].total)  # -> [B*s], [B*s]
         saved.logsumexp[slot] = model.memory.track("activations", logsumexp)
         loss.add(slot, xp.sum(losses, keepdims=True))
     return float(loss.total[0]) / (config.batch_size * config.seq_len), saved
@@ -223,6 +223,6 @@ def gradient_norm(model: Model, gradients: Parameters) -> float:
     """The Euclidean norm of all gradients: squares summed over blocks by the tree, then over the tensors."""
     xp = model.xp
     tree = Tree[Array](range(model.config.blocks))
-    for held, block in enumerate(model.grid.blocks):
-        tree.add(block, squares(model, gradients, held))
+    for position, block in enumerate(model.grid.blocks):
+        tree.add(block, squares(model, gradients, position))
     return float(xp.sqrt(xp.sum(tree.total) + xp.sum(gradients.gains * gradients.gains)))

@@ -2,14 +2,16 @@
 
 Weights come to the tokens: attention blocks are broadcast by each owner in turn, MLP and vocabulary blocks go round a
 ring, and each rank applies every block to its own tokens. Only keys and values cross between tokens. Gradients of
-weights go straight home to the blocks' owners. The forward of attention and MLP follows the paper (arXiv 2604.26294,
-its attention algorithm and its ring); the backward, the embedding, the head and the order of every sum are ours.
+weights go straight home to the blocks' owners. The forward of attention and MLP follows the paper (arXiv 2604.26294) as
+its readers describe its attention algorithm and its ring; the backward, the embedding, the head and the order of every
+sum are ours. So is one simplification: the paper moves keys and values while it computes, here they are waited for.
 
 Between layers a rank holds its 1/N of weights, gradients, optimizer state and token activations. Within a part it also
 holds, counted as `buffers`:
 
 - weights: two shards of other owners, the one in use and the one in flight;
-- keys and values of one owner's heads for the whole sequence, once as they arrived and once in the order of the text;
+- keys and values of one owner's heads for the whole sequence, once as they arrived and once in the order of the text,
+  and in the backward the pieces of their gradients on their way home;
 - gradients: of the blocks of two owners, and the pieces of its own blocks that wait for the piece beside them.
 
 Read beside `reference.single`: the same functions in the same order; what differs is the messages.
@@ -38,20 +40,20 @@ from ..ops.loss import logits_backward, logits_forward, merge_triples, token_los
 from ..ops.mlp import swiglu_backward, swiglu_forward
 from ..parameters import Parameters, attention_views, mlp_views
 from ..tilewise import add_residual, normalise, normalise_backward, squares, totals
-from ..tree import Tree, cover
-from .partials import Arrival, ReduceToOwner, all_reduce, merge_one
+from ..tree import Tree
+from .collectives import ReduceToOwner, all_gather_keys_values, all_reduce, reduce_scatter_keys_values
 from .tags import Tag
 
 
 def largest_shard(model: Model, shard: Array) -> Array:
-    """A buffer for any rank's blocks [n, ...] of the tensor that `shard` is this rank's part of."""
+    """A buffer for any rank's blocks [m, ...] of the tensor that `shard` is this rank's part of."""
     most = max(len(model.grid.blocks_of(rank)) for rank in range(model.grid.size))
     return model.empty("buffers", most, *shard.shape[1:])
 
 
 def ring(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iterator[tuple[int, Array]]:
-    """Pass every rank's blocks round: yields (owner, its blocks [n, ...]), this rank's own first, then its left
-    neighbour's and so on. The next blocks travel while the caller works on those it was given."""
+    """Pass every rank's blocks round: yields (owner, its blocks [m, ...]), this rank's own first, then its left
+    neighbour's and so on. The next messages are posted before the caller works on the blocks it was given."""
     grid = model.grid
     left, right = (grid.rank - 1) % grid.size, (grid.rank + 1) % grid.size
     spare = [largest_shard(model, shard) for _ in range(min(2, grid.size - 1))]
@@ -64,20 +66,20 @@ def ring(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iterator[t
         coming = spare[step % 2][: len(grid.blocks_of((owner - 1) % grid.size))]
         requests = [comm.Irecv(coming, left, tag), comm.Isend(held, right, tag)]
         yield owner, held
-        # Both: `coming` must be here before it is read, and `held` have left before the next is received in its place.
+        # Both: `coming` must be here before it is read, and `held` gone before its place is received into.
         comm.Waitall(requests)
         held = coming
 
 
 def broadcasts(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iterator[tuple[int, Array]]:
-    """Every owner in turn sends its blocks to all: yields (owner, its blocks [n, ...]), the same at the same time on
-    every rank. The next owner's blocks travel while the caller works on those it was given."""
+    """Every owner in turn sends its blocks to all: yields (owner, its blocks [m, ...]), in one order on every rank. The
+    next owner's message is posted before the caller works on the blocks it was given."""
     grid = model.grid
     spare = [largest_shard(model, shard) for _ in range(min(2, grid.size - 1))]
 
     def start(owner: int) -> tuple[Array, list[Request]]:
         if owner == grid.rank:
-            return shard, [comm.Isend(shard, peer, tag) for peer in grid.others]
+            return shard, [comm.Isend(shard, peer, tag) for peer in comm.others]
         coming = spare[owner % len(spare)][: len(grid.blocks_of(owner))]
         return coming, [comm.Irecv(coming, owner, tag)]
 
@@ -88,54 +90,6 @@ def broadcasts(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iter
         if owner + 1 < grid.size:
             coming, requests = start(owner + 1)
         yield owner, held
-
-
-def all_gather_keys_values(comm: Communicator, model: Model, own: Array, tag: Tag) -> Array:
-    """Gather keys and values of the heads at hand over the sequence, in the order of the text.
-
-    own [n, slots, 2, B, K/G, s, e], of n blocks and this rank's slots -> [n, 2, B, K/G, S, e].
-    """
-    grid = model.grid
-    blocks, _, *pair, length, head_dim = own.shape
-    whole = model.empty("buffers", blocks, *pair, grid.num_tiles * length, head_dim)
-    coming = {
-        peer: model.empty("buffers", blocks, len(grid.slots_of(peer)), *pair, length, head_dim) for peer in grid.others
-    }
-    requests = [comm.Irecv(coming[peer], peer, tag) for peer in grid.others]
-    requests += [comm.Isend(own, peer, tag) for peer in grid.others]
-    comm.Waitall(requests)
-    for peer, tiles in ({grid.rank: own} | coming).items():
-        for position, slot in enumerate(grid.slots_of(peer)):
-            whole[:, :, :, :, grid.tokens(slot)] = tiles[:, position]
-    return whole
-
-
-def reduce_scatter_keys_values(comm: Communicator, model: Model, dkv: dict[tuple[int, int], Tree[Array]]) -> None:
-    """Send the gradients of other ranks' keys and values home, and merge into this rank's what the others send.
-
-    dkv: (block, slot) -> a tree over the slots that read this slot's keys, with the leaves of this rank's slots;
-    leaves [2, B, K/G, s, e]. Afterwards the trees of this rank's own slots are complete.
-    """
-    config, grid = model.config, model.grid
-    tile = (2, config.batch_size, config.kv_heads_per_block, config.tile_len, config.head_dim)
-    arrivals, sends = [], []
-    for peer in grid.others:
-        for (_, slot), tree in dkv.items():
-            if slot in grid.slots:
-                for node in cover(tree.leaves, tuple(leaf for leaf in grid.slots_of(peer) if leaf in tree.leaves)):
-                    piece = model.empty("buffers", *tile)
-                    arrivals.append(Arrival(comm.Irecv(piece, peer, Tag.KEYS_VALUES_GRADIENTS), tree, node))
-    for peer in grid.others:
-        for (_, slot), tree in dkv.items():
-            if slot in grid.slots_of(peer):
-                for _, piece in tree.pieces():
-                    # A piece is a slice of one tile out of a longer gradient; a message must be contiguous.
-                    copy = model.empty("buffers", *tile)
-                    copy[...] = piece
-                    sends.append(comm.Isend(copy, peer, Tag.KEYS_VALUES_GRADIENTS))
-    while arrivals:
-        merge_one(comm, arrivals)
-    comm.Waitall(sends)
 
 
 def embedding_forward(comm: Communicator, model: Model, tokens: Tiles, weights: Parameters) -> Tiles:
@@ -179,7 +133,7 @@ def attention_forward(
 ) -> tuple[Tiles, AttentionSaved]:
     """x plus the attention of the normalised x: slot -> [B, s, h].
 
-    Kept packed: owner of the heads -> [n, slots, 2, B, K/G, s, e], keys and values of this rank's tokens only.
+    Kept keys and values: owner of the heads -> [m, tiles, 2, B, K/G, s, e] of m blocks, this rank's tokens only.
     """
     config, grid, xp, track = model.config, model.grid, model.xp, model.memory.track
     normed = normalise(model, x, weights.gains[2 * layer])
@@ -189,20 +143,20 @@ def attention_forward(
         blocks = grid.blocks_of(owner)
         own = model.empty("activations", len(blocks), len(grid.slots), 2, config.batch_size,
                           config.kv_heads_per_block, config.tile_len, config.head_dim)
-        saved.packed[owner] = own
-        for held, block in enumerate(blocks):
-            wqkv, _ = attention_views(config, shard[held])
-            for position, slot in enumerate(grid.slots):
+        saved.keys_values[owner] = own
+        for position, block in enumerate(blocks):
+            wqkv, _ = attention_views(config, shard[position])
+            for tile, slot in enumerate(grid.slots):
                 q, k, v = qkv_forward(xp, normed[slot], wqkv, model.rotary[slot], config.group_size)
                 saved.q[block, slot] = track("activations", q)
-                own[held, position, 0] = k
-                own[held, position, 1] = v
-                saved.keys_values[block, slot] = own[held, position]
-        keys_values = all_gather_keys_values(comm, model, own, Tag.KEYS_VALUES)
-        for held, block in enumerate(blocks):
-            _, wo = attention_views(config, shard[held])
+                own[position, tile, 0] = k
+                own[position, tile, 1] = v
+                saved.tile_keys_values[block, slot] = own[position, tile]
+        keys_values = all_gather_keys_values(comm, model, own, Tag.KEYS_VALUES)  # -> [m, 2, B, K/G, S, e]
+        for position, block in enumerate(blocks):
+            _, wo = attention_views(config, shard[position])
             for slot in grid.slots:
-                k, v = keys_values[held, :, :, :, : grid.visible(slot)]
+                k, v = keys_values[position, :, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
                 heads, logsumexp = attend_forward(xp, saved.q[block, slot], k, v, model.mask)
                 output[slot].add(block, out_forward(xp, heads, wo, config.tile_len))
                 saved.heads[block, slot] = track("activations", heads)
@@ -226,29 +180,29 @@ def attention_backward(
     home = ReduceToOwner(comm, model, Tag.ATTENTION_GRADIENTS)
     for owner, shard in broadcasts(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS_BACKWARD):
         blocks = grid.blocks_of(owner)
-        keys_values = all_gather_keys_values(comm, model, saved.packed[owner], Tag.KEYS_VALUES_BACKWARD)
+        keys_values = all_gather_keys_values(comm, model, saved.keys_values[owner], Tag.KEYS_VALUES_BACKWARD)
         dq: dict[tuple[int, int], Array] = {}
         dkv = {(block, slot): Tree[Array](grid.readers(slot)) for block in blocks for slot in range(config.tiles)}
-        for held, block in enumerate(blocks):
-            _, wo = attention_views(config, shard[held])
+        for position, block in enumerate(blocks):
+            _, wo = attention_views(config, shard[position])
             for slot in grid.slots:
-                k, v = keys_values[held, :, :, :, : grid.visible(slot)]
+                k, v = keys_values[position, :, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
                 heads = saved.heads[block, slot]
-                dheads = out_backward(xp, dy[slot], heads, wo, config.tile_len)
+                dheads = out_backward(xp, dy[slot], heads, wo, config.tile_len)  # -> [B, K/G, g*s, e]
                 dq[block, slot], dkeys = attend_backward(
                     xp, dheads, saved.q[block, slot], k, v, model.mask, heads, saved.logsumexp[block, slot])
                 for seen in range(config.tiles):
                     if slot in dkv[block, seen].leaves:
                         dkv[block, seen].add(slot, dkeys[:, :, :, grid.tokens(seen)])
-        reduce_scatter_keys_values(comm, model, dkv)
+        reduce_scatter_keys_values(comm, model, dkv, Tag.KEYS_VALUES_GRADIENTS)
         partials = []
-        for held, block in enumerate(blocks):
-            wqkv, _ = attention_views(config, shard[held])
+        for position, block in enumerate(blocks):
+            wqkv, _ = attention_views(config, shard[position])
             dweights = Tree[Array](range(config.tiles))
             for slot in grid.slots:
-                leaf = model.empty("buffers", shard[held].size)
-                dwqkv, dwo = attention_views(config, leaf)
-                dk, dv = dkv[block, slot].total
+                leaf = model.empty("buffers", shard[position].size)
+                dwqkv, dwo = attention_views(config, leaf)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+                dk, dv = dkv[block, slot].total  # -> [B, K/G, s, e], [B, K/G, s, e]
                 dnormed[slot].add(block, qkv_backward(
                     xp, dq[block, slot], dk, dv, normed[slot], wqkv, model.rotary[slot], out=dwqkv))
                 out_backward_weight(xp, dy[slot], saved.heads[block, slot], out=dwo)
@@ -256,7 +210,7 @@ def attention_backward(
             partials.append(dweights)
         home.send(partials, owner)
         if owner == grid.rank:
-            for peer in grid.others:
+            for peer in comm.others:
                 home.receive(peer)
     for out, total in zip(gradients.attention[layer], home.finish()):
         out[...] = total
@@ -274,9 +228,9 @@ def mlp_forward(
     saved = MlpSaved(x)
     for owner, shard in ring(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS):
         for block, packed in zip(grid.blocks_of(owner), shard):
-            gate_up, down = mlp_views(config, packed)
+            gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
             for slot in grid.slots:
-                y, projected = swiglu_forward(xp, normed[slot], gate_up, down)
+                y, projected = swiglu_forward(xp, normed[slot], gate_up, down)  # -> [B, s, h], [B*s, 2*f/G]
                 output[slot].add(block, y)
                 saved.projected[block, slot] = model.memory.track("activations", projected)
     return add_residual(model, x, output), saved
@@ -295,7 +249,7 @@ def mlp_backward(
     for step, (owner, shard) in enumerate(ring(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS_BACKWARD)):
         partials = []
         for block, packed in zip(grid.blocks_of(owner), shard):
-            gate_up, down = mlp_views(config, packed)
+            gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
             dweights = Tree[Array](range(config.tiles))
             for slot in grid.slots:
                 leaf = model.empty("buffers", packed.size)
@@ -326,7 +280,7 @@ def head_forward(
     saved = HeadSaved(x)
     sums: Tiles = {}
     for slot in grid.slots:
-        losses, logsumexp = token_losses(xp, triples[slot].total)
+        losses, logsumexp = token_losses(xp, triples[slot].total)  # -> [B*s], [B*s]
         saved.logsumexp[slot] = model.memory.track("activations", logsumexp)
         sums[slot] = xp.sum(losses, keepdims=True)
     loss = all_reduce(comm, grid.slots_of, sums, Tag.LOSS)
@@ -395,6 +349,6 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
 def gradient_norm(comm: Communicator, model: Model, gradients: Parameters) -> float:
     """The Euclidean norm of all gradients, the same bits on every rank: squares summed over blocks by the tree."""
     grid, xp = model.grid, model.xp
-    partials = {block: squares(model, gradients, held) for held, block in enumerate(grid.blocks)}
+    partials = {block: squares(model, gradients, position) for position, block in enumerate(grid.blocks)}
     total = all_reduce(comm, grid.blocks_of, partials, Tag.GRADIENT_NORM)
     return float(xp.sqrt(xp.sum(total) + xp.sum(gradients.gains * gradients.gains)))

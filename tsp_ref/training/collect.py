@@ -9,6 +9,7 @@ from functools import partial
 
 from ..arrays import Array
 from ..comm.communicator import Communicator
+from ..comm.control import all_gather
 from ..model import Model
 from ..parameters import Parameters
 from ..schedules.tags import Tag
@@ -41,20 +42,22 @@ def stream_blocks(comm: Communicator, model: Model, parameters: Parameters) -> I
     for name, tensor in parameters.tensors():
         for block in range(model.config.blocks):
             owner = owner_of(model.grid.blocks_of, comm.size, block)
-            held = block - model.grid.blocks.start
-            array = stream(comm, model, owner, tensor.shape[1:], partial(tensor.__getitem__, held))
+            position = block - model.grid.blocks.start
+            array = stream(comm, model, owner, tensor.shape[1:], partial(tensor.__getitem__, position))
             if array is not None:
                 yield name, block, array
-    if comm.rank == 0:
-        yield "gains", 0, parameters.gains
 
 
 def digest(training: Training) -> str:
     """SHA-256 over the bits of all losses, the last gradients, all weights and both moments; "" but on rank 0."""
     sha = hashlib.sha256()
-    sha.update(struct.pack(f"<{len(training.losses)}d", *training.losses))
+    losses = training.losses + training.validation_losses
+    sha.update(struct.pack(f"<{len(losses)}d", *losses))
     optimizer = training.optimizer
     for parameters in (training.gradients, training.weights, optimizer.first, optimizer.second):
         for _, _, array in stream_blocks(training.comm, training.model, parameters):
             sha.update(array.tobytes())
+        # Every rank holds the gains: once if all copies are equal, so that N does not show; else every odd one counts.
+        copies = [copy.tobytes() for copy in all_gather(training.comm, parameters.gains)]
+        sha.update(copies[0] + b"".join(copy for copy in copies if copy != copies[0]))
     return sha.hexdigest() if training.comm.rank == 0 else ""

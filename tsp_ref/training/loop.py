@@ -19,7 +19,7 @@ from .strategy import choose_strategy
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did. loss in nats per token; norm before clipping."""
+    """What a step did. Steps count from 1; loss in nats per token; norm before clipping."""
 
     step: int
     loss: float
@@ -40,6 +40,7 @@ class Training:
         self.gradients = zero_parameters(self.model, "gradients")
         self.optimizer = AdamW(self.model)
         self.losses: list[float] = []
+        self.validation_losses: list[float] = []
         self.steps_done = 0
 
     def forward(self) -> tuple[float, Saved]:
@@ -47,7 +48,7 @@ class Training:
         tokens, targets = batch(self.model, self.text, TRAINING, self.steps_done)
         loss, saved = self.strategy.forward(self.weights, tokens, targets)
         if not math.isfinite(loss):
-            raise UserError(f"loss={loss} at step {self.steps_done} is not finite: lower learning_rate (now "
+            raise UserError(f"loss={loss} at step {self.steps_done + 1} is not finite: lower learning_rate (now "
                             f"{self.config.learning_rate:g}), or raise warmup_steps (now {self.config.warmup_steps})")
         self.losses.append(loss)
         return loss, saved
@@ -65,7 +66,7 @@ class Training:
         loss, saved = self.forward()
         self.strategy.backward(saved, self.weights, self.gradients)
         norm = self.update()
-        return StepReport(number, loss, norm, learning_rate(self.config, number))
+        return StepReport(number + 1, loss, norm, learning_rate(self.config, number))
 
     def validate(self) -> float:
         """The mean loss over the held-out batches."""
@@ -73,5 +74,5 @@ class Training:
         for number in range(self.config.validation_batches):
             tokens, targets = batch(self.model, self.text, VALIDATION, number)
             total += self.strategy.forward(self.weights, tokens, targets)[0]
-        self.losses.append(total / self.config.validation_batches)
-        return self.losses[-1]
+        self.validation_losses.append(total / self.config.validation_batches)
+        return self.validation_losses[-1]

@@ -1,4 +1,7 @@
-"""AdamW on the blocks that a rank owns, with warm-up, cosine and clipping. Elementwise, so no bit depends on N."""
+"""AdamW (arXiv 1711.05101) on the blocks that a rank owns, with warm-up, cosine and clipping.
+
+Everything is elementwise, so no bit depends on N.
+"""
 
 from __future__ import annotations
 
