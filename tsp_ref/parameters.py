@@ -106,7 +106,7 @@ def zero_parameters(model: Model, kind: str) -> Parameters:
 def initial_parameters(model: Model) -> Parameters:
     """This rank's blocks of the initial weights: each drawn from a generator keyed by (seed, tensor, block).
 
-    Standard deviation 0.02, for the matrices that write into the residual stream 0.02 / sqrt(2L), as in GPT-2; gains one.
+    Standard deviation 0.02, and 0.02 / sqrt(2L) for the matrices that write into the residual stream, as in GPT-2.
     Nothing depends on the rank, and no rank ever draws a block that it does not own.
     """
     config = model.config

@@ -4,7 +4,9 @@ Float addition is not associative, so a sum in order of arrival has other bits a
 the model: leaves 0..n-1 are paired as in a tournament, (0+1)+(2+3) and so on, and a partial sum waits until the partial
 beside it is there. Which rank computed a leaf, and when it arrived, changes no bit.
 
-One sum needs no tree: a tile's softmax over all keys that it sees is one call, whose shape depends on the tile alone. (Source: ours.)
+One sum needs no tree: a tile's softmax over all keys that it sees is one call, whose shape depends on the tile alone.
+
+Source: ours.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Grouped-query causal attention for one block of heads and one tile of queries.
 
-Grouped queries are those of arXiv 2305.13245; that a backward needs only the log-sum-exp of the scores is FlashAttention's
-(arXiv 2205.14135). The g query heads that share a key/value head are stacked as g·s rows under it, so keys are never repeated and each
-product is one matrix multiplication per key/value head.
+The g query heads that share a key/value head are stacked as g·s rows under it, so keys are never repeated and each
+product is one matrix multiplication per key/value head. Sources: grouped queries, arXiv 2305.13245; a backward that
+needs only the log-sum-exp of the scores, FlashAttention, arXiv 2205.14135.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The head and the cross-entropy for one block of the vocabulary; the logits of all V tokens never exist at once.
 
 A block's logits are summed up in three numbers for each token: their largest, the sum of exp(logit - largest), and the
-target's logit (0 if the target is in another block). Two such triples merge into the triple of both blocks, as in online
-softmax (arXiv 1805.02867).
+target's logit (0 if the target is in another block). Two such triples merge into the triple of both blocks, as in
+online softmax (arXiv 1805.02867).
 """
 
 from __future__ import annotations
