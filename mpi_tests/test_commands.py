@@ -91,6 +91,7 @@ REFUSED = {
     "--steps 0": "steps=0 is not valid: use a whole number of at least 1",
     "--steps many": "argument --steps: invalid int value: 'many'",
     "--text /no/such/file": "--text /no/such/file is neither a file nor a folder",
+    "--text {short}": "holds 400 bytes: a sequence of seq_len=256 needs at least 514",
     "--text {empty}": "holds 0 bytes: a sequence of seq_len=256 needs at least 514",
     "--dtype float16": "dtype=float16 is not valid: use float32 or float64",
     "--schedule fast": "--schedule fast is unknown: use one of single, tsp",
@@ -104,9 +105,10 @@ REFUSED = {
 @pytest.mark.parametrize("request_", REFUSED)
 @pytest.mark.ranks(4)
 def test_an_impossible_request_is_one_line_and_exit_code_2(n, request_, tmp_path):
-    empty = tmp_path / "empty.txt"
+    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
     empty.touch()
-    ended = mpirun(n, "-m", "tsp_ref", "train", *request_.format(empty=empty).split(), limit=60)
+    short.write_bytes(b"word" * 100)
+    ended = mpirun(n, "-m", "tsp_ref", "train", *request_.format(empty=empty, short=short).split(), limit=60)
     assert ended.code == 2, ended.output + ended.errors
     lines = [line for line in ended.errors.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and REFUSED[request_] in lines[0], ended.errors

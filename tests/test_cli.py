@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -17,6 +18,14 @@ def digest(capsys, *arguments):
     """What `train --digest` prints last."""
     assert main([*TINY, "--digest", *arguments]) == 0
     return re.fullmatch(r"digest sha256:([0-9a-f]{64})", capsys.readouterr().out.rstrip().splitlines()[-1]).group(1)
+
+
+def test_the_script_tsp_ref_is_this_command_line(capsys):
+    (script,) = metadata.entry_points(group="console_scripts", name="tsp-ref")
+    assert script.load() is main
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0 and "mpirun -n 4 python -m tsp_ref train" in capsys.readouterr().out
 
 
 def test_virtual_ranks_in_any_order_print_the_single_process_s_digest(capsys):
