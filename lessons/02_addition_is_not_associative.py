@@ -1,15 +1,16 @@
 """Addition is not associative: why a sum over ranks needs an order of its own.
 
-Objective. See that float sums of the same numbers differ with their order, that a matrix product cut in pieces is not
-bit for bit the whole product, and that a fixed tree gives one bit pattern whatever the order of arrival.
+Objective: after this lesson you can show that float sums of the same numbers differ with their order, that a matrix
+product cut in pieces need not be bit for bit the whole product, and that a sum in a fixed tree keeps one bit pattern
+while the order of arrival changes.
 
     mpirun -n 4 python lessons/02_addition_is_not_associative.py
     python lessons/02_addition_is_not_associative.py --ranks 4 --shuffle 7
 
 Look at: how many of this machine's matrix products change bits when they are cut; how many bit patterns one sum has
-when its parts are added as they arrive; and the single pattern of the tree.
+when its parts are added as they arrive; the single pattern of the tree; how far both are from the exact sum.
 
-Try it. In `in_the_tree`, replace `zip(order, ...)` by `zip(range(PARTS), ...)`: a part then takes the leaf of its place
+Try it: in `in_the_tree`, replace `zip(order, ...)` by `zip(range(PARTS), ...)`: a part then takes the leaf of its place
 of arrival instead of its own. The check "the tree, fed in the same orders, gives one pattern ..." fails: what fixes the
 bits is that a part keeps its index, not that the sum is a tree.
 """
@@ -18,8 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from fractions import Fraction
@@ -27,7 +28,7 @@ from fractions import Fraction
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, run
+from stage import Lesson, one_by_one, patterns, relative_gap, run
 from threadpoolctl import threadpool_info
 
 from tsp_ref import threads
@@ -57,19 +58,9 @@ def random(key: int, *shape: int) -> Array:
     return np.random.default_rng([SEED, key, *shape]).standard_normal(shape, dtype=np.float32)
 
 
-def patterns(arrays: Iterable[Array]) -> int:
-    """How many different bit patterns there are among arrays."""
-    return len({array.tobytes() for array in arrays})
-
-
 def digest(array: Array) -> str:
     """Eight letters that stand for all bits of an array."""
     return hashlib.sha256(array.tobytes()).hexdigest()[:8]
-
-
-def relative_gap(found: Array, wanted: Array) -> float:
-    """The largest difference, relative to the largest entry wanted."""
-    return float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)))
 
 
 def rounded_once(a: np.float32, b: np.float32) -> bool:
@@ -80,8 +71,8 @@ def rounded_once(a: np.float32, b: np.float32) -> bool:
 
 
 def show_three_numbers(lesson: Lesson) -> None:
-    """Part 1."""
-    lesson.part("1. Three numbers")
+    """The smallest case: (a + b) + c against a + (b + c)."""
+    lesson.part("Three numbers")
     a, b, c = random(1, 3, TRIPLES)
     left, right = (a + b) + c, a + (b + c)
     first = int(np.argmax(left != right))
@@ -135,11 +126,11 @@ def cut_product(s: int, h: int, f: int) -> Cut:
 
 
 def show_products(lesson: Lesson) -> None:
-    """Part 2: the ranks share out the shapes; the counts are over all of them."""
-    lesson.part("2. Matrix products, whole and cut")
+    """The ranks share out the shapes; the counts are over all of them."""
+    lesson.part("Matrix products, whole and cut")
     cuts = [cut_product(*SHAPES[index]) for index in share(len(SHAPES), lesson.rank, lesson.size)]
     mine = [sum(getattr(cut, name) for cut in cuts) for name in ("rows", "columns", "inner", "again")]
-    largest = [max(cut.gap for cut in cuts), max(cut.error for cut in cuts)]
+    largest = [max((cut.gap for cut in cuts), default=0.0), max((cut.error for cut in cuts), default=0.0)]
     counts = np.sum(all_gather(lesson.comm, np.array(mine, dtype=np.int64)), axis=0)
     gap, error = np.max(all_gather(lesson.comm, np.array(largest, dtype=np.float64)), axis=0)
     library = ", ".join(f"{pool['internal_api']} {pool['version']}, {pool.get('architecture', 'unknown')} kernels"
@@ -167,14 +158,6 @@ def table_of_cuts(counts: Array) -> Table:
     return table
 
 
-def one_by_one(parts: Array, order: Array) -> Array:
-    """Add the parts in the order given, as they would arrive."""
-    total = np.zeros_like(parts[0])
-    for part in parts[order]:
-        total += part
-    return total
-
-
 def in_the_tree(parts: Array, order: Array) -> Array:
     """Hand the parts to the tree in the order given."""
     tree = Tree[Array](range(PARTS))
@@ -192,18 +175,47 @@ def pairwise(parts: Array) -> Array:
 
 
 def show_orders(lesson: Lesson) -> None:
-    """Part 3: the same parts in random orders, without messages."""
-    lesson.part("3. One sum in many orders")
+    """The same parts in random orders, without messages."""
+    lesson.part("One sum in many orders")
     parts, generator = random(4, PARTS, LENGTH), np.random.default_rng([SEED, 5])
     orders = [generator.permutation(PARTS) for _ in range(ORDERS)]
     naive, tree = ([add(parts, order) for order in orders] for add in (one_by_one, in_the_tree))
-    lesson.say(f"{PARTS} random arrays of {LENGTH} numbers, added up in {ORDERS} random orders: {patterns(naive)} bit "
-               f"patterns one by one, {patterns(tree)} by the tree. The first three orders:")
+    lesson.say(f"{PARTS} random arrays of {LENGTH} numbers, added up in {ORDERS} random orders: {len(patterns(naive))} "
+               f"bit patterns one by one, {len(patterns(tree))} by the tree. The first three orders:")
     for order, one, other in list(zip(orders, naive, tree))[:3]:
         lesson.say(f"  {' '.join(f'{index:2}' for index in order)}   one by one {digest(one)}   tree {digest(other)}")
-    lesson.check("adding one by one gives more than one pattern", patterns(naive) > 1)
+    lesson.check("adding one by one gives more than one pattern", len(patterns(naive)) > 1)
     lesson.check("the tree, fed in the same orders, gives one pattern, that of a recursive pairwise sum",
-                 {total.tobytes() for total in tree} == {pairwise(parts).tobytes()})
+                 patterns(tree) == {pairwise(parts).tobytes()})
+    show_errors(lesson, parts, naive, tree)
+
+
+def error_of(total: Array, parts: Array) -> Array:
+    """The distance of each entry of a float32 sum from the exact sum, which `math.fsum` rounds but once, to float64."""
+    exact = [math.fsum(column) for column in parts.T.tolist()]
+    return np.abs(total.astype(np.float64) - exact)
+
+
+def allowed(parts: Array, additions: int) -> Array:
+    """How far a sum can be off, entry by entry, if every term goes through at most so many rounded additions."""
+    unit = 2.0**-24  # half the distance from 1 to the next float32
+    growth = additions * unit / (1 - additions * unit)
+    return growth * np.abs(parts.astype(np.float64)).sum(axis=0)
+
+
+def show_errors(lesson: Lesson, parts: Array, naive: list[Array], tree: list[Array]) -> None:
+    """How far the sums of both kinds are from the exact one."""
+    off, tree_off = [float(error_of(total, parts).max()) for total in naive], float(error_of(tree[0], parts).max())
+    closer = sum(error < tree_off for error in off)
+    lesson.say(f"Largest distance from the exact sum: one by one {min(off):.1e} to {max(off):.1e}, by the tree "
+               f"{tree_off:.1e}. In {closer} of {ORDERS} orders one by one came closer than the tree. The tree is not "
+               "the most exact order; it is one order.")
+    # A term goes through at most PARTS - 1 additions that round when added one by one, in a tree through one per level.
+    levels = (PARTS - 1).bit_length()
+    lesson.check(f"one by one: every entry is as close as {PARTS - 1} roundings of each term allow",
+                 all(np.all(error_of(total, parts) <= allowed(parts, PARTS - 1)) for total in naive))
+    lesson.check(f"by the tree: every entry is as close as {levels} roundings of each term allow",
+                 all(np.all(error_of(total, parts) <= allowed(parts, levels)) for total in tree))
 
 
 @dataclass
@@ -253,8 +265,8 @@ def sum_over_ranks(comm: Communicator, mine: dict[int, Array], generator: np.ran
 
 
 def show_ranks(lesson: Lesson) -> None:
-    """Part 4: the same parts, each sent by the rank that holds it."""
-    lesson.part("4. The same sum over ranks, in order of arrival")
+    """The same parts, each sent by the rank that holds it."""
+    lesson.part("The same sum over ranks, in order of arrival")
     parts = random(4, PARTS, LENGTH)
     mine = {part: parts[part] for part in share(PARTS, lesson.rank, lesson.size)}
     sums = [sum_over_ranks(lesson.comm, mine, np.random.default_rng([SEED, 6, number, lesson.rank]))
@@ -267,15 +279,16 @@ def show_ranks(lesson: Lesson) -> None:
                         f"tree {digest(last.tree)}")
     naive, tree = (np.concatenate(all_gather(lesson.comm, np.stack(rows)))
                    for rows in ([one.naive for one in sums], [one.tree for one in sums]))
-    lesson.say(f"In all {ROUNDS} rounds on all {lesson.size} ranks: {patterns(naive)} bit patterns one by one, "
-               f"{patterns(tree)} by the tree.")
+    lesson.say(f"In all {ROUNDS} rounds, N = {lesson.size}: {len(patterns(naive))} bit patterns one by "
+               f"one, {len(patterns(tree))} by the tree.")
     lesson.check("every rank has received every part in every round",
                  all(sorted(one.order) == list(range(PARTS)) for one in sums))
-    lesson.check("the tree gives one pattern on all ranks, in all rounds: that of part 3, computed without messages",
-                 {row.tobytes() for row in tree} == {pairwise(parts).tobytes()})
-    exact = parts.astype(np.float64).sum(axis=0)
-    lesson.check("one by one is no less right: within 1e-6 of the float64 sum, relative to its largest entry",
-                 relative_gap(naive, np.broadcast_to(exact, naive.shape)) < 1e-6)
+    lesson.check("the tree gives one pattern on all ranks, in all rounds: that computed above without messages",
+                 patterns(tree) == {pairwise(parts).tobytes()})
+    off, tree_off = (max(float(error_of(row, parts).max()) for row in rows) for rows in (naive, tree))
+    lesson.say(f"Largest distance from the exact sum: one by one {off:.1e}, by the tree {tree_off:.1e}.")
+    lesson.check(f"one by one: every entry is as close as {PARTS - 1} roundings of each term allow",
+                 all(np.all(error_of(row, parts) <= allowed(parts, PARTS - 1)) for row in naive))
 
 
 def main(lesson: Lesson) -> None:

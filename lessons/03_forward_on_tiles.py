@@ -1,7 +1,8 @@
 """The forward on tiles: a transformer cut in blocks of weights and tiles of tokens, and dealt to N ranks.
 
-Objective. Cut a sequence in tiles and the weights in blocks, compute a layer piece by piece, and see that the pieces
-add up to the textbook's whole arrays; see why the tiles are dealt out in zigzag; see that N ranks have the bits of one.
+Objective: after this lesson you can cut a sequence in tiles and the weights in blocks, compute a layer piece by piece
+so that the pieces add up to the textbook's whole arrays, say why the tiles are dealt out in zigzag, and show that N
+ranks have the bits of one.
 
     mpirun -n 4 python lessons/03_forward_on_tiles.py
     python lessons/03_forward_on_tiles.py --ranks 4 --shuffle 7
@@ -12,7 +13,7 @@ losses, only for its own slots. How weights are shared out, too, is another less
 Look at: the causal work of each rank, contiguous against zigzag; the distance of each tile result from the whole-array
 maths; the bit patterns of a sum over blocks in random orders.
 
-Try it. In `project`, put each tile's keys and values where its slot is instead of where its text is: replace
+Try it: in `project`, put each tile's keys and values where its slot is instead of where its text is: replace
 `model.grid.tokens(slot)` by `slice(slot * k.shape[2], (slot + 1) * k.shape[2])`. The checks "keys ..." and "values ..."
 still hold, tile by tile; "heads ..." and all that follows from them fail.
 """
@@ -27,7 +28,7 @@ from functools import partial
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, run
+from stage import Lesson, one_by_one, patterns, random_weights, run
 
 from tsp_ref import threads
 from tsp_ref.arrays import Array, Tiles
@@ -41,7 +42,7 @@ from tsp_ref.ops.embedding import embed_forward
 from tsp_ref.ops.loss import logits_forward, merge_triples, token_losses
 from tsp_ref.ops.mlp import swiglu_forward
 from tsp_ref.ops.norm import rmsnorm_forward
-from tsp_ref.parameters import Parameters, attention_views, mlp_views, zero_parameters
+from tsp_ref.parameters import Parameters, attention_views, mlp_views
 from tsp_ref.reference import naive, single
 from tsp_ref.tree import Tree
 
@@ -60,7 +61,7 @@ class Tag(IntEnum):
 
 
 @dataclass
-class Stage:
+class Setting:
     """What every part of the lesson needs.
 
     model    all slots and blocks, as one process has them
@@ -74,16 +75,11 @@ class Stage:
     weights: Parameters
 
 
-def set_up(lesson: Lesson) -> Stage:
-    """The same random weights on every rank; larger than a new model's, and no gain is one, so that each counts."""
+def set_up(lesson: Lesson) -> Setting:
+    """The same random weights on every rank."""
     model = Model(CONFIG, np)
-    generator = np.random.default_rng(SEED)
-    weights = zero_parameters(model, "weights")
-    for _, tensor in weights.tensors():
-        tensor[...] = generator.standard_normal(tensor.shape, dtype=np.float64) * CONFIG.hidden_size**-0.5
-    weights.gains[...] = generator.uniform(0.5, 1.5, weights.gains.shape)
     grid = Grid(CONFIG.blocks, CONFIG.tiles, CONFIG.tile_len, lesson.rank, lesson.size)
-    return Stage(lesson, model, grid, weights)
+    return Setting(lesson, model, grid, random_weights(model, np.random.default_rng(SEED)))
 
 
 def cut(grid: Grid, whole: Array, slots: range) -> Tiles:
@@ -91,13 +87,13 @@ def cut(grid: Grid, whole: Array, slots: range) -> Tiles:
     return {slot: whole[:, grid.tokens(slot)].copy() for slot in slots}
 
 
-# Parts 1 and 2: who owns which tiles, and what that costs.
+# Who owns which tiles, and what that costs.
 
 
-def show_slots(stage: Stage) -> None:
-    """Part 1."""
-    lesson, grid = stage.lesson, stage.grid
-    lesson.part("1. Tiles, slots, blocks")
+def show_slots(setting: Setting) -> None:
+    """Which tiles each rank's slots hold."""
+    lesson, grid = setting.lesson, setting.grid
+    lesson.part("Tiles, slots, blocks")
     lesson.say(f"S = {CONFIG.seq_len} tokens in T = {CONFIG.tiles} tiles of s = {CONFIG.tile_len}; each weight matrix "
                f"in G = {CONFIG.blocks} blocks. T and G belong to the model; ranks only share out tiles and blocks.")
     tiles = [grid.tile(slot) for slot in grid.slots]
@@ -116,10 +112,10 @@ def pairs(tiles: list[int]) -> int:
     return sum(position + 1 for tile in tiles for position in range(tile * length, (tile + 1) * length))
 
 
-def show_work(stage: Stage) -> None:
-    """Part 2."""
-    lesson, grid = stage.lesson, stage.grid
-    lesson.part("2. Causal work: why zigzag")
+def show_work(setting: Setting) -> None:
+    """The query-key pairs of each rank, with tiles dealt out contiguously and in zigzag."""
+    lesson, grid = setting.lesson, setting.grid
+    lesson.part("Causal work: why zigzag")
     ranks = lesson.size if lesson.size > 1 else 4
     dealt = [share(CONFIG.tiles, rank, ranks) for rank in range(ranks)]
     contiguous = [list(slots) for slots in dealt]
@@ -127,8 +123,8 @@ def show_work(stage: Stage) -> None:
     lesson.say(f"Query-key pairs of one sequence for one head, on {ranks} ranks" + (":" if lesson.size > 1 else
                " (one rank alone has them all; this is how four would share them):"))
     lesson.say(work_table(contiguous, zigzag))
-    lesson.say("All wait for the rank with the most. In zigzag, slots 0 and 1, 2 and 3, and so on hold a cheap and a "
-               "dear tile each, and every such pair is the same work.")
+    lesson.say("All wait for the rank with the most. In zigzag, slots 0 and 1, 2 and 3, and so on hold a cheap and an "
+               "expensive tile each, and every such pair is the same work.")
     by_formula = [[pairs(tiles) for tiles in way] for way in (contiguous, zigzag)]
     visible = np.tri(CONFIG.seq_len, dtype=np.int64).reshape(CONFIG.tiles, -1).sum(axis=1)  # [T]
     by_mask = [[int(visible[tiles].sum()) for tiles in way] for way in (contiguous, zigzag)]
@@ -142,7 +138,7 @@ def show_work(stage: Stage) -> None:
 
 
 def work_table(contiguous: list[list[int]], zigzag: list[list[int]]) -> Table:
-    """A row for each rank."""
+    """A row per rank."""
     mean = pairs(list(range(CONFIG.tiles))) / len(zigzag)
     table = Table(box=SIMPLE_HEAD)
     for heading in ("rank", "contiguous", "of the mean", "zigzag", "of the mean"):
@@ -153,7 +149,7 @@ def work_table(contiguous: list[list[int]], zigzag: list[list[int]]) -> Table:
     return table
 
 
-# Part 3: one layer on tiles.
+# One layer on tiles.
 
 
 @dataclass
@@ -189,13 +185,13 @@ def project(model: Model, normed: Tiles, wqkv: Array, block: int, kept: Kept) ->
     return keys, values
 
 
-def attention_on_tiles(stage: Stage, x: Tiles, layer: int, kept: Kept) -> Tiles:
+def attention_on_tiles(setting: Setting, x: Tiles, layer: int, kept: Kept) -> Tiles:
     """x: every slot -> [B, s, h]. Returns x plus attention for this rank's slots."""
-    model, grid, gain = stage.model, stage.grid, stage.weights.gains[2 * layer]
+    model, grid, gain = setting.model, setting.grid, setting.weights.gains[2 * layer]
     kept.norm = {slot: rmsnorm_forward(np, tile, gain, CONFIG.norm_eps)[0] for slot, tile in x.items()}
     sums = {slot: Tree[Array](range(CONFIG.blocks)) for slot in grid.slots}
     for block in blocks_in_turn(grid):
-        wqkv, wo = attention_views(CONFIG, stage.weights.attention[layer][block])
+        wqkv, wo = attention_views(CONFIG, setting.weights.attention[layer][block])
         keys, values = project(model, kept.norm, wqkv, block, kept)
         for slot in grid.slots:
             n = grid.visible(slot)  # later keys are not masked: they are never looked at
@@ -207,13 +203,13 @@ def attention_on_tiles(stage: Stage, x: Tiles, layer: int, kept: Kept) -> Tiles:
     return {slot: x[slot] + kept.attention[slot] for slot in grid.slots}
 
 
-def mlp_on_tiles(stage: Stage, x: Tiles, layer: int, kept: Kept) -> Tiles:
+def mlp_on_tiles(setting: Setting, x: Tiles, layer: int, kept: Kept) -> Tiles:
     """x: this rank's slots -> [B, s, h]. Returns x plus the feed-forward part; no tile looks at another."""
-    grid, gain = stage.grid, stage.weights.gains[2 * layer + 1]
+    grid, gain = setting.grid, setting.weights.gains[2 * layer + 1]
     kept.mlp_norm = {slot: rmsnorm_forward(np, x[slot], gain, CONFIG.norm_eps)[0] for slot in grid.slots}
     sums = {slot: Tree[Array](range(CONFIG.blocks)) for slot in grid.slots}
     for block in blocks_in_turn(grid):
-        gate_up, down = mlp_views(CONFIG, stage.weights.mlp[layer][block])
+        gate_up, down = mlp_views(CONFIG, setting.weights.mlp[layer][block])
         for slot in grid.slots:
             sums[slot].add(block, swiglu_forward(np, kept.mlp_norm[slot], gate_up, down)[0])
     kept.mlp = {slot: tree.total for slot, tree in sums.items()}
@@ -221,22 +217,19 @@ def mlp_on_tiles(stage: Stage, x: Tiles, layer: int, kept: Kept) -> Tiles:
 
 
 def whole_layer(x: Array, w: naive.Weights, gains: Array) -> dict[str, Array]:
-    """The textbook: one layer on whole arrays, x [B, S, h], with all S x S scores."""
-    e, g, theta = CONFIG.head_dim, CONFIG.group_size, CONFIG.rope_theta
-    a = x / naive.rms(x, CONFIG.norm_eps) * gains[0]
-    q = naive.rotate(naive.split(a @ w["wq"], e), theta)  # [B, S, h] -> [B, H, S, e]
-    k = naive.rotate(naive.split(a @ w["wk"], e), theta)  # [B, S, h] -> [B, K, S, e]
-    v = naive.split(a @ w["wv"], e)  # [B, S, h] -> [B, K, S, e]
-    scores = q @ k.repeat(g, 1).swapaxes(-1, -2) / e**0.5  # [B, H, S, e] -> [B, H, S, S]
-    scores[..., np.tri(x.shape[1], dtype=np.float64) == 0] = -np.inf
-    heads = naive.softmax(scores) @ v.repeat(g, 1)  # [B, H, S, S] -> [B, H, S, e]
-    attention = naive.join(heads) @ w["wo"]  # [B, H, S, e] -> [B, S, h]
-    middle = x + attention
-    b = middle / naive.rms(middle, CONFIG.norm_eps) * gains[1]
-    gate = b @ w["gate"]  # [B, S, h] -> [B, S, f]
-    mlp = (gate / (1 + np.exp(-gate)) * (b @ w["up"])) @ w["down"]  # [B, S, f] -> [B, S, h]
-    return {"norm": a, "queries": q, "keys": k, "values": v, "heads": heads, "attention": attention, "mlp_norm": b,
-            "mlp": mlp}
+    """The textbook: one layer on whole arrays, x [B, S, h], with all S x S scores; what tiles are compared with."""
+    y, computed = naive.layer_forward(CONFIG, w, gains, x)
+    g = CONFIG.group_size  # the textbook repeats a key/value head for each of its g query heads
+    return {
+        "norm": computed["a"],  # [B, S, h]
+        "queries": computed["q"],  # [B, H, S, e]
+        "keys": computed["k"][:, ::g],  # [B, K, S, e]
+        "values": computed["v"][:, ::g],  # [B, K, S, e]
+        "heads": naive.split(computed["heads"], CONFIG.head_dim),  # [B, S, H*e] -> [B, H, S, e]
+        "attention": computed["middle"] - x,  # [B, S, h]
+        "mlp_norm": computed["b"],  # [B, S, h]
+        "mlp": y - computed["middle"],  # [B, S, h]
+    }
 
 
 def gap(found: dict[int, Array] | dict[tuple[int, int], Array], whole: Array, grid: Grid) -> float:
@@ -252,16 +245,16 @@ def gap(found: dict[int, Array] | dict[tuple[int, int], Array], whole: Array, gr
     return float(np.max(differences) / np.max(np.abs(whole)))
 
 
-def show_layer(stage: Stage) -> Kept:
-    """Part 3."""
-    lesson, grid = stage.lesson, stage.grid
-    lesson.part("3. One layer on tiles, against whole arrays")
+def show_layer(setting: Setting) -> Kept:
+    """Every tile result of one layer against its place in the whole arrays."""
+    lesson, grid = setting.lesson, setting.grid
+    lesson.part("One layer on tiles, against whole arrays")
     shape = (CONFIG.batch_size, CONFIG.seq_len, CONFIG.hidden_size)
     x = np.random.default_rng([SEED, 1]).standard_normal(shape, dtype=np.float64)  # [B, S, h]
     kept = Kept()
-    middle = attention_on_tiles(stage, cut(grid, x, range(CONFIG.tiles)), 0, kept)
-    mlp_on_tiles(stage, middle, 0, kept)
-    wanted = whole_layer(x, naive.assemble(CONFIG, stage.weights)["layers"][0], stage.weights.gains[:2])
+    middle = attention_on_tiles(setting, cut(grid, x, range(CONFIG.tiles)), 0, kept)
+    mlp_on_tiles(setting, middle, 0, kept)
+    wanted = whole_layer(x, naive.assemble(CONFIG, setting.weights)["layers"][0], setting.weights.gains[:2])
     lesson.say("Each rank compares all it has computed. A gap is the largest difference from the whole arrays, in "
                f"float64, relative to their largest entry, on the worst rank; at most {TOLERANCE:.0e} is allowed.")
     for name, whole in wanted.items():
@@ -272,20 +265,7 @@ def show_layer(stage: Stage) -> Kept:
     return kept
 
 
-# Part 4: any order of blocks.
-
-
-def patterns(arrays: list[Array]) -> set[bytes]:
-    """The different bit patterns among arrays."""
-    return {array.tobytes() for array in arrays}
-
-
-def one_by_one(partials: list[Array], order: Array) -> Array:
-    """The sum in the order given."""
-    total = np.zeros_like(partials[0])
-    for block in order:
-        total += partials[block]
-    return total
+# Several orders of blocks.
 
 
 def in_the_tree(partials: list[Array], order: Array) -> Array:
@@ -296,11 +276,11 @@ def in_the_tree(partials: list[Array], order: Array) -> Array:
     return tree.total
 
 
-def show_orders(stage: Stage, kept: Kept) -> None:
-    """Part 4."""
-    lesson, grid = stage.lesson, stage.grid
-    lesson.part("4. Any order of blocks")
-    lesson.say(f"A tile's attention is a sum over G = {CONFIG.blocks} blocks of heads. In part 3 a rank took its own "
+def show_orders(setting: Setting, kept: Kept) -> None:
+    """The sum over blocks in random orders, one by one and by the tree."""
+    lesson, grid = setting.lesson, setting.grid
+    lesson.part(f"{ORDERS} orders of blocks")
+    lesson.say(f"A tile's attention is a sum over G = {CONFIG.blocks} blocks of heads. Above, each rank took its own "
                f"blocks first; now it adds up each of its tiles in {ORDERS} random orders. Each rank's first slot:")
     generator = np.random.default_rng([SEED, 2])
     orders = [generator.permutation(CONFIG.blocks) for _ in range(ORDERS)]
@@ -314,11 +294,11 @@ def show_orders(stage: Stage, kept: Kept) -> None:
     lesson.say_from_all(f"blocks taken in the order {' '.join(map(str, blocks_in_turn(grid)))}; slot {first:2}: "
                         f"{several} bit patterns one by one, {one} by the tree")
     lesson.check("one by one, each tile has several patterns", all(len(found) > 1 for found in naive_patterns.values()))
-    lesson.check("by the tree each tile has one, the one of part 3",
+    lesson.check("by the tree each tile has one, the one of the layer above",
                  all(tree_patterns[slot] == {kept.attention[slot].tobytes()} for slot in grid.slots))
 
 
-# Part 5: the whole model.
+# The whole model.
 
 
 @dataclass
@@ -346,27 +326,27 @@ def exchange_tiles(comm: Communicator, grid: Grid, own: Tiles) -> Tiles:
     return tiles
 
 
-def embedding_on_tiles(stage: Stage, tokens: Tiles) -> Tiles:
+def embedding_on_tiles(setting: Setting, tokens: Tiles) -> Tiles:
     """tokens: slot -> [B, s]. A block has the rows of its own part of the vocabulary, and adds zeros for the rest."""
     x: Tiles = {}
     for slot, tile in tokens.items():
         tree = Tree[Array](range(CONFIG.blocks))
-        for block in blocks_in_turn(stage.grid):
-            table = stage.weights.embedding[block]
+        for block in blocks_in_turn(setting.grid):
+            table = setting.weights.embedding[block]
             rows = embed_forward(np, tile, table, block * len(table))  # [B, s] -> [B, s, h]
             tree.add(block, rows)
         x[slot] = tree.total
     return x
 
 
-def head_on_tiles(stage: Stage, x: Tiles, targets: Tiles) -> Tiles:
+def head_on_tiles(setting: Setting, x: Tiles, targets: Tiles) -> Tiles:
     """Each token's loss, slot -> [B*s]; the tree merges (largest, sum, target's logit) of the blocks' logits."""
     losses: Tiles = {}
     for slot, tile in x.items():
-        last, _ = rmsnorm_forward(np, tile, stage.weights.gains[-1], CONFIG.norm_eps)
+        last, _ = rmsnorm_forward(np, tile, setting.weights.gains[-1], CONFIG.norm_eps)
         tree = Tree[Array](range(CONFIG.blocks), partial(merge_triples, np))
-        for block in blocks_in_turn(stage.grid):
-            table = stage.weights.head_table[block]
+        for block in blocks_in_turn(setting.grid):
+            table = setting.weights.head_table[block]
             triple = logits_forward(np, last, table, targets[slot], block * len(table))  # [B, s, h] -> [3, B*s]
             tree.add(block, triple)
         losses[slot], _ = token_losses(np, tree.total)
@@ -382,39 +362,39 @@ def mean_loss(comm: Communicator, grid: Grid, losses: Tiles) -> float:
     return float(tree.total[0]) / (CONFIG.batch_size * CONFIG.seq_len)
 
 
-def forward(stage: Stage, tokens: Array, targets: Array) -> Course:
+def forward(setting: Setting, tokens: Array, targets: Array) -> Course:
     """tokens, targets [B, S]."""
-    comm, grid = stage.lesson.comm, stage.grid
-    inputs = [embedding_on_tiles(stage, cut(grid, tokens, grid.slots))]
+    comm, grid = setting.lesson.comm, setting.grid
+    inputs = [embedding_on_tiles(setting, cut(grid, tokens, grid.slots))]
     for layer in range(CONFIG.num_layers):
         everyone = exchange_tiles(comm, grid, inputs[-1])
-        inputs.append(attention_on_tiles(stage, everyone, layer, Kept()))
-        inputs.append(mlp_on_tiles(stage, inputs[-1], layer, Kept()))
-    losses = head_on_tiles(stage, inputs[-1], cut(grid, targets, grid.slots))
+        inputs.append(attention_on_tiles(setting, everyone, layer, Kept()))
+        inputs.append(mlp_on_tiles(setting, inputs[-1], layer, Kept()))
+    losses = head_on_tiles(setting, inputs[-1], cut(grid, targets, grid.slots))
     return Course(inputs, losses, mean_loss(comm, grid, losses))
 
 
-def one_process(stage: Stage, tokens: Array, targets: Array) -> Course:
+def one_process(setting: Setting, tokens: Array, targets: Array) -> Course:
     """The same by `reference.single`, which knows no rank, on every rank for itself."""
-    slots = range(CONFIG.tiles)
-    grid = stage.model.grid
-    loss, saved = single.model_forward(stage.model, stage.weights, cut(grid, tokens, slots), cut(grid, targets, slots))
+    model, slots = setting.model, range(CONFIG.tiles)
+    tokens_of, targets_of = (cut(model.grid, whole, slots) for whole in (tokens, targets))
+    loss, saved = single.model_forward(model, setting.weights, tokens_of, targets_of)
     parts = [part.x for layer in zip(saved.attention, saved.mlp) for part in layer]
     return Course([*parts, saved.head.x], {}, loss)
 
 
-def show_model(stage: Stage) -> None:
-    """Part 5."""
-    lesson, grid = stage.lesson, stage.grid
-    lesson.part(f"5. The whole model: embedding, {CONFIG.num_layers} layers, head")
+def show_model(setting: Setting) -> None:
+    """The loss and every tile between the parts, against whole arrays and against one process."""
+    lesson, grid = setting.lesson, setting.grid
+    lesson.part(f"The whole model: embedding, {CONFIG.num_layers} layers, head")
     generator = np.random.default_rng([SEED, 3])
     tokens, targets = generator.integers(0, CONFIG.vocab_size, (2, CONFIG.batch_size, CONFIG.seq_len), dtype=np.int64)
-    course, alone = forward(stage, tokens, targets), one_process(stage, tokens, targets)
-    textbook = naive.loss_and_gradients(CONFIG, naive.assemble(CONFIG, stage.weights), tokens, targets)
+    course, alone = forward(setting, tokens, targets), one_process(setting, tokens, targets)
+    textbook = naive.loss_and_gradients(CONFIG, naive.assemble(CONFIG, setting.weights), tokens, targets)
     logits = textbook["logits"]  # [B, S, V]
     target = np.take_along_axis(logits, targets[..., None], -1)[..., 0]  # [B, S, V] -> [B, S]
     wanted = np.log(np.exp(logits).sum(-1)) - target  # [B, S, V] -> [B, S]
-    embedded = naive.assemble(CONFIG, stage.weights)["embedding"][tokens]  # [B, S] -> [B, S, h]
+    embedded = naive.assemble(CONFIG, setting.weights)["embedding"][tokens]  # [B, S] -> [B, S, h]
     lesson.say(f"Mean loss in nats: {course.loss!r} on tiles, {alone.loss!r} in one process, {textbook['loss']!r} on "
                "whole arrays.")
     rows = cut(grid, embedded, grid.slots)
@@ -432,13 +412,13 @@ def show_model(stage: Stage) -> None:
 def main(lesson: Lesson) -> None:
     """The lesson on one rank."""
     threads.require_one("this lesson")
-    CONFIG.require_ranks(lesson.size)
-    stage = set_up(lesson)
-    show_slots(stage)
-    show_work(stage)
-    kept = show_layer(stage)
-    show_orders(stage, kept)
-    show_model(stage)
+    lesson.require_ranks(CONFIG.max_ranks)
+    setting = set_up(lesson)
+    show_slots(setting)
+    show_work(setting)
+    kept = show_layer(setting)
+    show_orders(setting, kept)
+    show_model(setting)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The backward by hand: each operation's gradient, judged by central differences and not by a falling loss.
 
-Objective. See each operation as a pair, a forward and the backward that someone derived by hand; judge every pair, and
-the gradient of the whole model, by central differences along random directions; see a wrong gradient that still trains.
+Objective: after this lesson you can read each operation as a pair, a forward and the backward that someone derived by
+hand; judge every pair, and the gradient of the whole model, by central differences along random directions; and show a
+wrong gradient that still trains.
 
     mpirun -n 4 python lessons/04_backward_by_hand.py
     python lessons/04_backward_by_hand.py --ranks 4 --shuffle 7
@@ -13,7 +14,7 @@ u, the backward claims that L changes at the rate <gradient, u>; what L really d
 Look at: the digits in which the two rates agree; then the same for a gradient that forgets the residual path, and the
 loss that it trains to.
 
-Try it. In `rotary_pair`, replace `rotary_backward(...)` by `rotary_forward(...)`: the gradient is turned on instead of
+Try it: in `rotary_pair`, replace `rotary_backward(...)` by `rotary_forward(...)`: the gradient is turned on instead of
 back. The check "rotary, x: ..." fails.
 """
 
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, run
+from stage import Lesson, random_weights, run
 
 from tsp_ref.arrays import Array, Tiles
 from tsp_ref.comm.control import all_gather
@@ -75,13 +76,6 @@ def inner(left: Sequence[Array], right: Sequence[Array]) -> float:
     return float(sum(np.sum(one * other) for one, other in zip(left, right)))
 
 
-def unit(generator: np.random.Generator, arrays: list[Array]) -> list[Array]:
-    """A random direction in the space of some arrays, of length one."""
-    direction = [generator.standard_normal(array.shape) for array in arrays]
-    length = norm(direction)
-    return [part / length for part in direction]
-
-
 def directions(generator: np.random.Generator, point: list[Array]) -> list[list[Array]]:
     """A few random directions of length one in the space of some arrays."""
     drawn = [[generator.standard_normal(array.shape, dtype=np.float64) for array in point] for _ in range(DIRECTIONS)]
@@ -116,7 +110,7 @@ def shared_out(lesson: Lesson, count: int, kinds: int, work: Callable[[int], lis
     return np.sum(all_gather(lesson.comm, rates), axis=0)
 
 
-# Part 1: each operation on its own.
+# Each operation on its own.
 
 
 @dataclass
@@ -276,8 +270,8 @@ def judge_input(pair: Pair, number: int, generator: np.random.Generator) -> list
 
 
 def show_pairs(lesson: Lesson) -> None:
-    """Part 1."""
-    lesson.part("1. Each operation: what a step does, and what the backward claims")
+    """The rates of every operation in every input, as measured and as claimed."""
+    lesson.part("Each operation: what a step does, and what the backward claims")
     pairs = [make(drawer(index)) for index, make in enumerate(PAIRS)]
     tasks = [(pair, number) for pair in pairs for number in range(len(pair.inputs))]
     rates = shared_out(lesson, len(tasks), 2,
@@ -297,7 +291,7 @@ def drawer(key: int) -> Draw:
     return lambda *shape: generator.standard_normal(shape, dtype=np.float64)
 
 
-# Part 2: the gradient of the whole model, and a copy of it that forgets the residual path.
+# The gradient of the whole model, and a copy of it that forgets the residual path.
 
 
 @dataclass
@@ -311,12 +305,9 @@ class Problem:
 
 
 def make_problem() -> Problem:
-    """Weights larger than a new model's, and gains other than one, so that every part has a say in the loss."""
+    """Drawn from one seed on every rank."""
     model, generator = Model(CONFIG, np), np.random.default_rng([SEED, 5])
-    weights = zero_parameters(model, "weights")
-    for _, tensor in weights.tensors():
-        tensor[...] = generator.standard_normal(tensor.shape, dtype=np.float64) * CONFIG.hidden_size**-0.5
-    weights.gains[...] = generator.uniform(0.5, 1.5, weights.gains.shape)
+    weights = random_weights(model, generator)
     text = generator.integers(0, CONFIG.vocab_size, (2, CONFIG.batch_size, CONFIG.seq_len), dtype=np.int64)
     tokens, targets = ({slot: part[:, model.grid.tokens(slot)] for slot in model.grid.slots} for part in text)
     return Problem(model, weights, tokens, targets)
@@ -369,8 +360,8 @@ def judge_matrix(problem: Problem, number: int, gradients: list[Parameters]) -> 
 
 
 def show_model(lesson: Lesson, problem: Problem) -> None:
-    """Part 2."""
-    lesson.part("2. The whole model: a right gradient, and one without the residual")
+    """The rates of the loss in every matrix: as measured, and as a right and a wrong gradient claim."""
+    lesson.part("The whole model: a right gradient, and one without the residual")
     names = [name for name, _ in matrices(problem.weights)]
     gradients = [loss_and_gradient(problem, problem.weights, residual)[1] for residual in (True, False)]
     rates = shared_out(lesson, len(names), 3, lambda task: judge_matrix(problem, task, gradients))
@@ -412,7 +403,7 @@ def by_single(problem: Problem) -> Parameters:
 
 
 def rates_table(names: list[str], rates: Array) -> Table:
-    """A row for each matrix: the rates along the first direction, and the errors over all."""
+    """A row per matrix: the rates along the first direction, and the errors over all."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("matrix")
     for heading in ("measured", "right", "error", "no residual", "error"):
@@ -425,7 +416,7 @@ def rates_table(names: list[str], rates: Array) -> Table:
     return table
 
 
-# Part 3: a falling loss is no evidence.
+# A falling loss is no evidence.
 
 
 def train(problem: Problem, residual: bool) -> list[float]:
@@ -441,8 +432,8 @@ def train(problem: Problem, residual: bool) -> list[float]:
 
 
 def show_training(lesson: Lesson, problem: Problem) -> None:
-    """Part 3: the first rank trains with the right gradient, the last with the wrong one."""
-    lesson.part("3. A falling loss is no evidence")
+    """The first rank trains with the right gradient, the last with the wrong one."""
+    lesson.part("A falling loss is no evidence")
     mine = np.zeros((2, TRAINING_STEPS + 1), dtype=np.float64)
     for number, (trainer, residual) in enumerate(((0, True), (lesson.size - 1, False))):
         if lesson.rank == trainer:

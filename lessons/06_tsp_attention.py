@@ -7,7 +7,7 @@ are those of arXiv 2604.26294; the fixed order of the sum over heads is this pro
     mpirun -n 4 python lessons/06_tsp_attention.py
     python lessons/06_tsp_attention.py --ranks 4 --shuffle 7
 
-Look at: who owns which heads and which tokens; the steps, one for each owner of heads; the bytes of weights, which grow
+Look at: who owns which heads and which tokens; the steps, one per owner of heads; the bytes of weights, which grow
 with h * h, and of keys and values, which grow with the number of tokens and shrink with grouped-query attention; and
 the last part, which asks whose sum each output is.
 
@@ -26,7 +26,7 @@ from enum import IntEnum
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, run
+from stage import Lesson, members, names, recognise, relative_gap, run
 
 from tsp_ref.activations import AttentionSaved
 from tsp_ref.arrays import Array, Tiles
@@ -54,13 +54,31 @@ class Tag(IntEnum):
 
 
 @dataclass
+class Step:
+    """What one rank had at hand in a step, and what had arrived for it.
+
+    sender       the rank that its weights came from, or -1 where they are its own
+    held         a copy of those weights
+    weights      bytes of them that arrived
+    keys_values  bytes of keys and values that arrived
+    """
+
+    sender: int
+    held: Array
+    weights: int
+    keys_values: int
+
+
+@dataclass
 class Notes:
     """What the lesson writes down while attention runs; attention itself never reads it.
 
+    steps        one per owner of heads
     leaves       slot -> how many terms of its sum over blocks of heads were computed here
     keys_values  block -> [2, B, K/G, S, e], as they lay when its heads were at hand
     """
 
+    steps: list[Step] = field(default_factory=list)
     leaves: dict[int, int] = field(default_factory=dict)
     keys_values: dict[int, Array] = field(default_factory=dict)
 
@@ -89,12 +107,18 @@ def attention(comm: Communicator, model: Model, x: Tiles, weights: Parameters, n
     coming, requests = broadcast(comm, model, shard, 0)
     for owner in range(grid.size):
         comm.Waitall(requests)
-        held = coming
+        held, arrived = coming, [request for request in requests if request.verb == "receive"]
         if owner + 1 < grid.size:
-            # The next owner's heads travel while these are at work.
+            # Posted before these are put to work, so that the next owner's heads can travel meanwhile; whether they do
+            # is up to the MPI library.
             coming, requests = broadcast(comm, model, shard, owner + 1)
         q, own = project(model, normed, held)
+        before = comm.ledger.sums("receive", "KEYS_VALUES")[1]
         whole = exchange(comm, model, own)
+        notes.steps.append(Step(
+            sender=arrived[0].peer if arrived else -1, held=held.copy(),
+            weights=sum(request.array.nbytes for request in arrived),
+            keys_values=comm.ledger.sums("receive", "KEYS_VALUES")[1] - before))  # all complete: `exchange` has waited
         for position, block in enumerate(grid.blocks_of(owner)):
             notes.keys_values[block] = whole[position].copy()
             _, wo = attention_views(model.config, held[position])  # -> [H/G*e, h]
@@ -185,22 +209,11 @@ def judge(config: Config) -> Judge:
 
 
 def plain_attention(config: Config, x: Array, weights: Parameters) -> Array:
-    """Whole arrays in float64: every head's [S, S] scores, a mask, a softmax; keys repeated for their query heads."""
+    """The textbook's layer on whole arrays, in float64, as far as its attention: x plus attention, [B, S, h]."""
     layer = naive.assemble(config, weights)["layers"][0]
-    w = {name: layer[name].astype(np.float64) for name in ("wq", "wk", "wv", "wo")}
-    normed = x / naive.rms(x, config.norm_eps) * weights.gains[0].astype(np.float64)
-    q, k, v = (naive.split(normed @ w[name], config.head_dim) for name in ("wq", "wk", "wv"))
-    q, k = naive.rotate(q, config.rope_theta), naive.rotate(k, config.rope_theta)
-    k, v = k.repeat(config.group_size, axis=1), v.repeat(config.group_size, axis=1)  # -> [B, H, S, e], [B, H, S, e]
-    scores = q @ k.swapaxes(-1, -2) / np.sqrt(config.head_dim)  # [B, H, S, e] -> [B, H, S, S]
-    future = np.triu(np.ones((config.seq_len, config.seq_len), dtype=bool), 1)  # [S, S]
-    probs = naive.softmax(np.where(future, -np.inf, scores))
-    return x + naive.join(probs @ v) @ w["wo"]  # -> [B, S, h]
-
-
-def relative_gap(found: Array, wanted: Array) -> float:
-    """The largest difference, relative to the largest value."""
-    return float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)))
+    w = {name: matrix.astype(np.float64) for name, matrix in layer.items()}
+    _, computed = naive.layer_forward(config, w, weights.gains[:2].astype(np.float64), x)
+    return computed["middle"]
 
 
 def counts(comm: Communicator) -> Array:
@@ -212,20 +225,12 @@ def counts(comm: Communicator) -> Array:
 # The lesson.
 
 
-def names(numbers: range | list[int]) -> str:
-    """A range as `2-4`, other numbers one by one."""
-    listed = list(numbers)
-    if isinstance(numbers, range) and len(listed) > 1:
-        return f"{listed[0]}-{listed[-1]}"
-    return ",".join(map(str, listed))
-
-
 def show_owners(lesson: Lesson, config: Config, grid: Grid) -> None:
-    """Part 1."""
+    """The blocks of heads and the slots of each rank."""
     lesson.part("Who owns what")
     lesson.say(f"{config.num_heads} query heads of size {config.head_dim} in G={config.blocks} packed blocks "
                f"{{wq, wk, wv, wo}}; {config.seq_len} tokens in T={config.tiles} tiles of {config.tile_len}.\n"
-               "Slots hold the tiles zigzag: a cheap tile of queries, which sees few keys, beside a dear one.")
+               "Slots hold the tiles zigzag: a cheap tile of queries, which sees few keys, beside an expensive one.")
     dealt = [grid.tile(slot) for slot in grid.slots]
     lesson.say_from_all(f"blocks {names(grid.blocks)}; slots {names(grid.slots)} are tiles {names(dealt)}, "
                         f"which see {sum(tile + 1 for tile in dealt)} tiles of keys")
@@ -234,20 +239,37 @@ def show_owners(lesson: Lesson, config: Config, grid: Grid) -> None:
                  pairs == {config.seq_len + config.tile_len})
 
 
-def show_steps(lesson: Lesson, config: Config, grid: Grid) -> None:
-    """Part 2: what happens when, in the words of the code above."""
-    lesson.part("Step by step")
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("step", "broadcast by", "blocks", "query heads", "then each rank sends each other"):
-        table.add_column(heading, no_wrap=True)
-    per_block = config.num_heads // config.blocks
-    for owner in range(grid.size):
-        blocks = grid.blocks_of(owner)
-        heads = range(blocks.start * per_block, blocks.stop * per_block)
-        table.add_row(str(owner), f"rank {owner}" if grid.size > 1 else "nobody", names(blocks), names(heads),
-                      "its tokens' keys and values of these heads" if grid.size > 1 else "nothing: it is alone")
-    lesson.say(table)
+def show_steps(lesson: Lesson, grid: Grid, notes: Notes, truth: Judge) -> None:
+    """What each rank noted in each step: whose heads it had, and what had arrived for it."""
+    lesson.say("What the ranks noted, step by step: the blocks of heads at hand, recognised by their bytes; whom they\n"
+               "came from; and the bytes that arrived, on which ranks, of these weights and then of keys and values.")
+    mine = [[step.sender, recognise(step.held, truth.weights.attention[0]), step.weights, step.keys_values]
+            for step in notes.steps]
+    rows = np.stack(all_gather(lesson.comm, np.array(mine, dtype=np.int64)), axis=1)  # [step, rank, 4]
+    lesson.say(steps_table(rows))
     lesson.say("In each step every rank attends with these heads, from its own queries to all keys that they see.")
+    lesson.check("step o: every rank holds the blocks of rank o, byte for byte",
+                 [mask for _, mask, _, _ in mine] == [sum(1 << b for b in grid.blocks_of(o)) for o in range(grid.size)])
+    lesson.check("step o: they came from rank o, and to rank o itself from nobody",
+                 [sender for sender, *_ in mine] == [-1 if o == grid.rank else o for o in range(grid.size)])
+
+
+def steps_table(rows: Array) -> Table:
+    """rows [step, rank, 4]: a row per step, and in a cell what the ranks noted, once where all noted the same."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for heading in ("step", "blocks", "from", "weights: bytes on ranks", "keys and values: bytes on ranks"):
+        table.add_column(heading)
+    for number, (senders, masks, *arrived) in enumerate(rows.transpose(0, 2, 1).tolist()):
+        came = sorted({f"rank {sender}" for sender in senders if sender >= 0})
+        blocks = sorted({names(members(mask)) for mask in masks})
+        table.add_row(str(number), " or ".join(blocks), " or ".join(came) or "nobody", *map(by_rank, arrived))
+    return table
+
+
+def by_rank(numbers: list[int]) -> str:
+    """A number, and the ranks that noted it; several such where they differ."""
+    ranks = {number: names(rank for rank, other in enumerate(numbers) if other == number) for number in numbers}
+    return "; ".join(f"{number:,} on {listed}" for number, listed in sorted(ranks.items(), reverse=True))
 
 
 def show_bytes(lesson: Lesson, config: Config, grid: Grid, used: Array) -> None:
@@ -330,14 +352,16 @@ def measured_attention(lesson: Lesson, model: Model, notes: Notes) -> tuple[Tile
 
 def main(lesson: Lesson) -> None:
     """The lesson, part by part."""
+    lesson.require_ranks(FULL.max_ranks)
     grid = Model(FULL, np, lesson.rank, lesson.size).grid
     show_owners(lesson, FULL, grid)
-    show_steps(lesson, FULL, grid)
     volumes = []
     for config in (FULL, GROUPED):
         lesson.part(f"{config.num_heads} query heads, {config.num_kv_heads} key/value heads: g = {config.group_size}")
         model, truth, notes = Model(config, np, lesson.rank, lesson.size), judge(config), Notes()
         output, used = measured_attention(lesson, model, notes)
+        if config is FULL:
+            show_steps(lesson, grid, notes, truth)
         show_bytes(lesson, config, grid, used)
         show_output(lesson, output, notes, truth)
         volumes.append([used[0, 1, 1], sum(kv.nbytes for kv in notes.keys_values.values())])

@@ -1,10 +1,13 @@
-"""What every lesson stands on: its options, its voice on rank 0, and its checks, which all ranks must pass."""
+"""What every lesson stands on: its options, its voice on rank 0, and its checks, which all ranks must pass.
+
+Below them are the few functions that several lessons need.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,10 +15,14 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.rule import Rule
 
+from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather, gather_texts
 from tsp_ref.comm.mpi import launcher_rank
+from tsp_ref.errors import UserError
 from tsp_ref.launch import start
+from tsp_ref.model import Model
+from tsp_ref.parameters import Parameters, zero_parameters
 from tsp_ref.terminal import console_for
 
 
@@ -40,6 +47,12 @@ class Lesson:
     def size(self) -> int:
         """N."""
         return self.comm.size
+
+    def require_ranks(self, most: int) -> None:
+        """Refuse more ranks than the lesson's model can be dealt to. Every rank must call it."""
+        if self.size > most:
+            raise UserError(f"ranks={self.size} is not possible: each rank needs a block and a tile of this lesson's "
+                            f"model, so use 1 to {most} ranks")
 
     def part(self, title: str) -> None:
         """Begin a part."""
@@ -93,3 +106,49 @@ def run(description: str, main: Callable[[Lesson], None]) -> None:
         return lesson.end()
 
     sys.exit(start(teach, options.ranks, options.shuffle))
+
+
+def relative_gap(found: Array, wanted: Array) -> float:
+    """The largest difference, relative to the largest entry wanted."""
+    return float(np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)))
+
+
+def patterns(arrays: Iterable[Array]) -> set[bytes]:
+    """The different bit patterns among arrays."""
+    return {array.tobytes() for array in arrays}
+
+
+def one_by_one(parts: Sequence[Array] | Array, order: Array) -> Array:
+    """The sum of some parts, added up in the order given."""
+    total = np.zeros_like(parts[0])
+    for index in order:
+        total += parts[index]
+    return total
+
+
+def names(numbers: Iterable[int]) -> str:
+    """Consecutive numbers as `2-4`, others one by one."""
+    listed = list(numbers)
+    if len(listed) > 1 and listed == list(range(listed[0], listed[-1] + 1)):
+        return f"{listed[0]}-{listed[-1]}"
+    return ",".join(map(str, listed))
+
+
+def recognise(held: Array, blocks: Array) -> int:
+    """Which of a layer's blocks these are, by their bytes: bit number b is set for block b, none for a stranger."""
+    known = {block.tobytes(): number for number, block in enumerate(blocks)}
+    return sum(1 << known[block.tobytes()] for block in held if block.tobytes() in known)
+
+
+def members(mask: int) -> list[int]:
+    """The numbers of the bits that are set."""
+    return [number for number in range(mask.bit_length()) if mask >> number & 1]
+
+
+def random_weights(model: Model, generator: np.random.Generator) -> Parameters:
+    """Weights larger than a new model's, and gains other than one, so that every part has a say in the result."""
+    weights = zero_parameters(model, "weights")
+    for _, tensor in weights.tensors():
+        tensor[...] = generator.standard_normal(tensor.shape, dtype=np.float64) * model.config.hidden_size**-0.5
+    weights.gains[...] = generator.uniform(0.5, 1.5, weights.gains.shape)
+    return weights
