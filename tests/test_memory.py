@@ -5,15 +5,18 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from cases import case_config, random_text, single_training
+from cases import case_config, cut, random_text, single_training
 
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.commands.holdings import activation_bytes, gain_bytes, model_state_bytes
 from tsp_ref.memory import Memory
 from tsp_ref.model import Model
+from tsp_ref.parameters import initial_parameters
 from tsp_ref.schedules import tsp
+from tsp_ref.schedules.collectives import ReduceToOwner
 from tsp_ref.schedules.tags import Tag
 from tsp_ref.training.loop import Training
+from tsp_ref.tree import Tree
 
 
 def test_an_array_counts_from_its_birth_to_its_death():
@@ -77,6 +80,64 @@ def test_two_shards_of_weights_at_most_are_held_beside_a_rank_s_own(travel, rank
 
     largest = -(-config.blocks // ranks) * 400
     assert VirtualWorld(ranks, seed=1).run(main) == [min(2, ranks - 1) * largest] * ranks
+
+
+@pytest.mark.parametrize("travel", [tsp.ring, tsp.broadcasts])
+def test_the_next_weights_are_posted_before_the_work_on_those_at_hand(travel):
+    ranks = 4
+
+    def main(comm):
+        model = Model(case_config("plain", "float32"), np, comm.rank, comm.size)
+        shard = np.zeros((len(model.grid.blocks), 5), dtype=np.float32)
+        posted = []
+        for owner, _ in travel(comm, model, shard, Tag.MLP_WEIGHTS):
+            posted.append((owner, comm.ledger.sums("receive")[0]))
+        return posted
+
+    for rank, posted in enumerate(VirtualWorld(ranks).run(main)):
+        for step, (owner, receives) in enumerate(posted):
+            if travel is tsp.ring:
+                assert (owner, receives) == ((rank - step) % ranks, min(step + 1, ranks - 1))
+            else:
+                # All owners up to the next one have been asked, but for oneself.
+                assert (owner, receives) == (step, len({*range(min(step + 2, ranks))} - {rank}))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_attention_s_buffers_are_two_shards_and_the_keys_and_values_twice(ranks):
+    config = case_config("plain", "float32")
+
+    def main(comm):
+        model = Model(config, np, comm.rank, comm.size)
+        weights = initial_parameters(model)
+        x = cut(model, np.ones((config.batch_size, config.seq_len, config.hidden_size), dtype=np.float32))
+        tsp.attention_forward(comm, model, x, weights, 0)
+        shard = weights.attention[0].nbytes
+        whole = 2 * config.batch_size * config.seq_len * config.hidden_size * 4 // ranks
+        return model.memory.peak["buffers"], min(2, ranks - 1) * shard + whole + whole * (ranks - 1) // ranks
+
+    for peak, wanted in VirtualWorld(ranks, seed=1).run(main):
+        assert peak == wanted
+
+
+def test_gradients_on_their_way_home_are_those_of_two_owners_at_a_time():
+    config = case_config("plain", "float32", tiles=8)
+
+    def main(comm):
+        model = Model(config, np, comm.rank, comm.size)
+        home = ReduceToOwner(comm, model, Tag.MLP_GRADIENTS)
+        for step in range(comm.size):
+            partial = Tree(range(config.tiles))
+            partial.add(comm.rank, model.empty("buffers", 100))
+            home.send([partial], (comm.rank - step) % comm.size)
+            del partial
+            home.receive((comm.rank + step) % comm.size)
+        home.finish()
+        return model.memory.peak["buffers"] // 400
+
+    # Two that leave and one being made, two that arrive, and up to log2(8)+1 of its own that wait.
+    for seed in range(10):
+        assert max(VirtualWorld(8, seed).run(main)) <= 3 + 2 + 4
 
 
 def test_what_is_counted_is_what_the_process_holds_between_steps():

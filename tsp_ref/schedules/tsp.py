@@ -161,6 +161,7 @@ def attention_forward(
                 output[slot].add(block, out_forward(xp, heads, wo, config.tile_len))
                 saved.heads[block, slot] = track("activations", heads)
                 saved.logsumexp[block, slot] = track("activations", logsumexp)
+        del keys_values, k, v  # before the next owner's are gathered
     return add_residual(model, x, output), saved
 
 
@@ -194,6 +195,7 @@ def attention_backward(
                 for seen in range(config.tiles):
                     if slot in dkv[block, seen].leaves:
                         dkv[block, seen].add(slot, dkeys[:, :, :, grid.tokens(seen)])
+        del keys_values, k, v  # before the gradients travel, and the next owner's are gathered
         reduce_scatter_keys_values(comm, model, dkv, Tag.KEYS_VALUES_GRADIENTS)
         partials = []
         for position, block in enumerate(blocks):
