@@ -14,15 +14,23 @@ WIDTH = 120  # where no terminal says another
 LAUNCHERS = ("mpiexec", "mpirun", "prterun", "orterun", "hydra")
 
 
+class SteadyConsole(Console):
+    """A console that leaves the cursor alone: hidden for a live display, it would stay so where a rank is killed."""
+
+    def show_cursor(self, show: bool = True) -> bool:
+        """Say that nothing was done."""
+        return False
+
+
 def console_for(rank: int) -> Console:
     """A console that prints on rank 0 and is silent elsewhere."""
     if rank != 0:
         return Console(quiet=True)
     terminal = _launcher_terminal()
     if terminal is not None:
-        return Console(force_terminal=True, width=_width(terminal))
+        return SteadyConsole(force_terminal=True, width=_width(terminal))
     # Behind a launcher that writes to no terminal, a rank may still see one: Open MPI gives each a terminal of its own.
-    console = Console(force_terminal=False if launched() else None)
+    console = SteadyConsole(force_terminal=False if launched() else None)
     # Without a terminal there is no width to respect, and 80 columns would break the tables.
     return console if console.is_terminal else Console(force_terminal=False, width=WIDTH)
 

@@ -102,18 +102,25 @@ class VirtualWorld:
             del self._waiting[rank]
             self._hand_on(rank)
 
-        threads = [threading.Thread(target=live, args=(rank,), daemon=True) for rank in range(self.size)]
+        self._turns[0].release()
+        if self.size == 1:
+            live(0)  # here, where Ctrl-C is heard at once
+        else:
+            self._run_threads([threading.Thread(target=live, args=(rank,), daemon=True) for rank in range(self.size)])
+        if self._failure is not None:
+            raise self._failure
+        return [results[rank] for rank in range(self.size)]
+
+    def _run_threads(self, threads: list[threading.Thread]) -> None:
         for thread in threads:
             thread.start()
-        self._turns[0].release()
         try:
             for thread in threads:
                 thread.join()
         except KeyboardInterrupt as error:
             self._failure = error
-        if self._failure is not None:
-            raise self._failure
-        return [results[rank] for rank in range(self.size)]
+            for thread in threads:
+                thread.join(timeout=2)  # each ends at its next message; one that computes for longer is left behind
 
     def post(self, request: Request) -> None:
         """Match a message with the first of its kind that waits on the other side, or let it wait."""

@@ -94,7 +94,7 @@ def _greet(console: Console, training: Training, options: TrainOptions) -> None:
                   f"{config.batch_size} sequences of {config.seq_len} bytes a step, {config.blocks} weight blocks, "
                   f"{config.tiles} token tiles")
     console.print(f"text: {training.text.source}, {len(training.text.training):,} bytes to learn, "
-                  f"{len(training.text.validation):,} held out", highlight=False)
+                  f"{len(training.text.validation):,} held out", highlight=False, markup=False)
 
 
 def _run_steps(console: Console, training: Training, log: IO[str] | None) -> None:
