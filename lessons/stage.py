@@ -19,7 +19,7 @@ from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather, gather_texts
 from tsp_ref.comm.mpi import launcher_rank
-from tsp_ref.errors import UserError
+from tsp_ref.errors import AgreedError
 from tsp_ref.launch import start
 from tsp_ref.model import Model
 from tsp_ref.parameters import Parameters, zero_parameters
@@ -51,7 +51,7 @@ class Lesson:
     def require_ranks(self, most: int) -> None:
         """Refuse more ranks than the lesson's model can be dealt to. Every rank must call it."""
         if self.size > most:
-            raise UserError(f"ranks={self.size} is not possible: each rank needs a block and a tile of this lesson's "
+            raise AgreedError(f"ranks={self.size} is not possible: each rank needs a block and a tile of this lesson's "
                             f"model, so use 1 to {most} ranks")
 
     def part(self, title: str) -> None:

@@ -158,6 +158,17 @@ def test_an_exception_on_one_rank_ends_the_job_with_one_traceback(n, program, tm
     assert f"rank {n - 1} of {n} failed" in ended.errors
 
 
+@pytest.mark.ranks(2, 4)
+def test_a_refusal_by_one_rank_alone_ends_the_job_with_one_line(n, tmp_path):
+    script = tmp_path / "script.py"
+    fail = "from tsp_ref.errors import UserError; raise UserError('colour=blue is not valid: use red')"
+    script.write_text(ONE_RANK_FAILS.format(fail=fail, **PROGRAMS["program"]))
+    ended = mpirun(n, str(script), limit=30)
+    assert ended.code != 0
+    assert ended.errors.count(f"error: on rank {n - 1}: colour=blue is not valid: use red") == 1
+    assert "Traceback" not in ended.errors
+
+
 @pytest.mark.ranks(4)
 def test_an_exception_on_all_ranks_is_shown_once(n, tmp_path):
     script = tmp_path / "script.py"

@@ -8,5 +8,9 @@ class UserError(Exception):
     """
 
 
+class AgreedError(UserError):
+    """A `UserError` that every rank raises at the same point, so that all can leave together and in good order."""
+
+
 class MessageError(RuntimeError):
     """A message that is wrong: not contiguous, of another size or dtype than its receiver expects, or never matched."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from .comm import mpi
 from .comm.communicator import Communicator
 from .comm.virtual import VirtualWorld
-from .errors import UserError
+from .errors import AgreedError, UserError
 
 
 def start(
@@ -59,8 +59,8 @@ def _run_real(main: Callable[[Communicator], int]) -> int:
     world = mpi.open_world()
     try:
         return _finished(world, main(world))
-    except UserError:
-        raise  # on every rank alike
+    except AgreedError:
+        raise
     except BaseException as error:
         # One rank alone must not return: the others would wait for its messages for ever.
         mpi.fail(world, error)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 
 from ..arrays import Array
-from ..errors import UserError
+from ..errors import AgreedError, UserError
 from .communicator import Communicator
 
 Result = TypeVar("Result")
@@ -41,7 +41,7 @@ def all_gather(comm: Communicator, mine: Array) -> list[Array]:
 
 
 def agreed(comm: Communicator, prepare: Callable[[], Result]) -> Result:
-    """prepare(), or the same `UserError` on every rank if it failed on any: so that all stop, and none waits."""
+    """prepare(), or an `AgreedError` on every rank if a `UserError` stopped it on any: so that all stop, none waits."""
     failure = ""
     result: Result | None = None
     try:
@@ -51,7 +51,7 @@ def agreed(comm: Communicator, prepare: Callable[[], Result]) -> Result:
     failures = gather_texts(comm, failure)
     for rank, text in enumerate(failures):
         if text:
-            raise UserError(text if all(failures) else f"on rank {rank}: {text}")
+            raise AgreedError(text if all(failures) else f"on rank {rank}: {text}")
     assert result is not None, "prepare must return something"
     return result
 

@@ -123,16 +123,21 @@ def leave_together() -> None:
 
 
 def fail(world: MPICommunicator, error: BaseException, trace: TracebackType | None = None) -> None:
-    """Show one traceback for the whole node, however many ranks fail at once, and end the job."""
-    if isinstance(error, KeyboardInterrupt):
-        if _first_to_fail():
-            print("interrupted", file=sys.stderr)
-        world.abort(130)
+    """Say once for the whole node, however many ranks fail at once, what went wrong, and end the job."""
+    code = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UserError) else 1
     if not _first_to_fail():
         time.sleep(5)  # the rank that failed first is about to end this one
-    print(f"rank {world.rank} of {world.size} failed:", file=sys.stderr)
-    traceback.print_exception(type(error), error, trace or error.__traceback__)
-    world.abort(1)
+        world.abort(code)
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    elif isinstance(error, UserError):
+        print(f"error: on rank {world.rank}: {error}", file=sys.stderr)
+    else:
+        print(f"rank {world.rank} of {world.size} failed:", file=sys.stderr)
+        traceback.print_exception(type(error), error, trace or error.__traceback__)
+    sys.stderr.flush()
+    time.sleep(0.2)  # ranks that fail at the same time find this one first only while it lives
+    world.abort(code)
 
 
 _failure_marks: list[socket.socket] = []

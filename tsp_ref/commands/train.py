@@ -17,7 +17,7 @@ from .. import threads
 from ..comm.communicator import Communicator
 from ..comm.control import agreed, gather_texts
 from ..config import Config
-from ..errors import UserError
+from ..errors import AgreedError, UserError
 from ..memory import MODEL_STATE
 from ..terminal import console_for
 from ..training.collect import digest
@@ -83,8 +83,8 @@ def _require_same_text(comm: Communicator, text: Text) -> None:
     prints = gather_texts(comm, text.fingerprint)
     for rank, fingerprint in enumerate(prints):
         if fingerprint != prints[0]:
-            raise UserError(f"rank {rank} read another text than rank 0 from {text.source}: give all machines the same "
-                            "files with --text")
+            raise AgreedError(f"rank {rank} read another text than rank 0 from {text.source}: give all machines the "
+                              "same files with --text")
 
 
 def _greet(console: Console, training: Training, options: TrainOptions) -> None:

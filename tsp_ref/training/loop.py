@@ -9,7 +9,7 @@ from ..activations import Saved
 from ..arrays import Namespace
 from ..comm.communicator import Communicator
 from ..config import Config
-from ..errors import UserError
+from ..errors import AgreedError
 from ..model import Model
 from ..parameters import initial_parameters, zero_parameters
 from .data import TRAINING, VALIDATION, Text, batch
@@ -44,12 +44,9 @@ class Training:
         self.steps_done = 0
 
     def forward(self) -> tuple[float, Saved]:
-        """The forward of the next batch; a loss that is not a number ends the run on every rank alike."""
+        """The forward of the next batch."""
         tokens, targets = batch(self.model, self.text, TRAINING, self.steps_done)
         loss, saved = self.strategy.forward(self.weights, tokens, targets)
-        if not math.isfinite(loss):
-            raise UserError(f"loss={loss} at step {self.steps_done + 1} is not finite: lower learning_rate (now "
-                            f"{self.config.learning_rate:g}), or raise warmup_steps (now {self.config.warmup_steps})")
         self.losses.append(loss)
         return loss, saved
 
@@ -61,9 +58,12 @@ class Training:
         return norm
 
     def step(self) -> StepReport:
-        """Forward, backward, update."""
+        """Forward, backward, update. A loss that is not finite, which all ranks see alike, ends the run."""
         number = self.steps_done
         loss, saved = self.forward()
+        if not math.isfinite(loss):
+            raise AgreedError(f"loss={loss} at step {number + 1} is not finite: lower learning_rate (now "
+                              f"{self.config.learning_rate:g}), or raise warmup_steps (now {self.config.warmup_steps})")
         self.strategy.backward(saved, self.weights, self.gradients)
         norm = self.update()
         return StepReport(number + 1, loss, norm, learning_rate(self.config, number))
