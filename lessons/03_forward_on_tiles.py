@@ -20,7 +20,7 @@ still hold, tile by tile; "heads ..." and all that follows from them fail.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
@@ -35,7 +35,7 @@ from tsp_ref.arrays import Array, Tiles
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.config import Config
-from tsp_ref.grid import Grid, share
+from tsp_ref.grid import Grid, folded, share
 from tsp_ref.model import Model
 from tsp_ref.ops.attention import attend_forward, out_forward, qkv_forward
 from tsp_ref.ops.embedding import embed_forward
@@ -78,11 +78,11 @@ class Setting:
 def set_up(lesson: Lesson) -> Setting:
     """The same random weights on every rank."""
     model = Model(CONFIG, np)
-    grid = Grid(CONFIG.blocks, CONFIG.tiles, CONFIG.tile_len, lesson.rank, lesson.size)
+    grid = Grid(CONFIG.blocks, CONFIG.tiles, CONFIG.tile_len, *folded(lesson.rank, lesson.size))
     return Setting(lesson, model, grid, random_weights(model, np.random.default_rng(SEED)))
 
 
-def cut(grid: Grid, whole: Array, slots: range) -> Tiles:
+def cut(grid: Grid, whole: Array, slots: Iterable[int]) -> Tiles:
     """The tiles of some slots of a whole array [B, S, ...]."""
     return {slot: whole[:, grid.tokens(slot)].copy() for slot in slots}
 
@@ -97,7 +97,7 @@ def show_slots(setting: Setting) -> None:
     lesson.say(f"S = {CONFIG.seq_len} tokens in T = {CONFIG.tiles} tiles of s = {CONFIG.tile_len}; each weight matrix "
                f"in G = {CONFIG.blocks} blocks. T and G belong to the model; ranks only share out tiles and blocks.")
     tiles = [grid.tile(slot) for slot in grid.slots]
-    lesson.say_from_all(f"slots {grid.slots.start:2} to {grid.slots.stop - 1:2} hold the tiles "
+    lesson.say_from_all(f"slots {grid.slots[0]:2} to {grid.slots[-1]:2} hold the tiles "
                         + " ".join(f"{tile:2}" for tile in tiles))
     covered = np.zeros(CONFIG.seq_len, dtype=np.int64)
     for slot in grid.slots:
@@ -169,8 +169,9 @@ class Kept:
 
 def blocks_in_turn(grid: Grid) -> Iterator[int]:
     """All blocks, this rank's own first and then its left neighbours', as a ring would bring them."""
-    for step in range(grid.size):
-        yield from grid.blocks_of((grid.rank - step) % grid.size)
+    here = grid.weight_axis
+    for step in range(here.size):
+        yield from grid.blocks_of((here.rank - step) % here.size)
 
 
 def project(model: Model, normed: Tiles, wqkv: Array, block: int, kept: Kept) -> tuple[Array, Array]:

@@ -34,7 +34,7 @@ from tsp_ref.comm.communicator import Communicator, Request
 from tsp_ref.comm.control import all_gather, from_root
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.config import make_config
-from tsp_ref.grid import Grid
+from tsp_ref.grid import Grid, folded
 from tsp_ref.model import Model
 from tsp_ref.ops.mlp import swiglu_backward, swiglu_forward
 from tsp_ref.parameters import Parameters, initial_parameters, mlp_views, named_views, zero_parameters
@@ -113,16 +113,16 @@ def judge() -> Judge:
 def ring(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iterator[tuple[int, Array]]:
     """One turn: yields (owner, its blocks), this rank's own first, then those of its left neighbour, and so on."""
     grid = model.grid
-    left, right = (grid.rank - 1) % grid.size, (grid.rank + 1) % grid.size
-    held, spare = shard, two_buffers(model)
-    for step in range(grid.size):
-        owner = (grid.rank - step) % grid.size
-        if step + 1 == grid.size:
+    left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+    held, spare = shard, two_buffers(comm, model)
+    for step in range(comm.size):
+        owner = (comm.rank - step) % comm.size
+        if step + 1 == comm.size:
             yield owner, held
             return
         # The left neighbour has the next blocks now. Their messages are posted before the caller multiplies these, so
         # that they can travel meanwhile; whether they do is up to the MPI library.
-        coming = spare[step % 2][: len(grid.blocks_of((owner - 1) % grid.size))]
+        coming = spare[step % 2][: len(grid.blocks_of((owner - 1) % comm.size))]
         requests = [comm.Irecv(coming, left, tag), comm.Isend(held, right, tag)]
         yield owner, held
         # Both must be done: `coming` is read next, and the buffer that `held` lies in is filled anew.
@@ -130,12 +130,12 @@ def ring(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iterator[t
         held = coming
 
 
-def two_buffers(model: Model) -> list[Array]:
+def two_buffers(comm: Communicator, model: Model) -> list[Array]:
     """Room for what is in flight: one buffer fills while the other is read and passed on. Each is as large as the
     largest shard, because ranks may own uneven numbers of blocks. Two ranks need one buffer, one rank none."""
     grid = model.grid
-    most = max(len(grid.blocks_of(rank)) for rank in range(grid.size))
-    return [model.empty("buffers", most, BLOCK_SIZE) for _ in range(min(2, grid.size - 1))]
+    most = max(len(grid.blocks_of(rank)) for rank in range(comm.size))
+    return [model.empty("buffers", most, BLOCK_SIZE) for _ in range(min(2, comm.size - 1))]
 
 
 def ring_forward(
@@ -155,7 +155,7 @@ def ring_forward(
                 projected[block, slot] = kept
                 # Blocks come in another order on every rank; the tree over the block index makes that immaterial.
                 output[slot].add(block, y)
-    return add_residual(model, x, output), projected
+    return add_residual(model, x, totals(output)), projected
 
 
 @dataclass
@@ -185,7 +185,7 @@ def ring_backward(
         merge(comm, arrivals, leaving)
         # Gradients do not go round: straight home to the owner, as those of this rank's blocks come from the rank that
         # is `step` to the right, which has just multiplied them.
-        arrivals = expect(comm, grid, own, (grid.rank + step) % grid.size)
+        arrivals = expect(comm, grid, own, (comm.rank + step) % comm.size)
         leaving = [comm.Isend(piece, owner, Tag.GRADIENTS) for tree in partials for _, piece in tree.pieces()]
     merge(comm, arrivals, leaving)
     dgain = {slot: model.empty("buffers", *weights.gains.shape) for slot in grid.slots}
@@ -286,7 +286,7 @@ def show_owners(lesson: Lesson, grid: Grid) -> None:
                f"blocks {{gate, up, down}} of {BLOCK_BYTES:,} bytes.\nEach sequence of {CONFIG.seq_len} tokens is cut "
                f"in T={CONFIG.tiles} tiles. The number of ranks decides only who owns them:")
     lesson.say_from_all(f"owns blocks {names(grid.blocks)} and the tokens of slots {names(grid.slots)}")
-    if grid.size == 1:
+    if lesson.size == 1:
         lesson.say("One rank has no neighbour: its ring is one step, without a message. Run it on more ranks, too.")
 
 
@@ -294,17 +294,17 @@ def show_turn(lesson: Lesson, grid: Grid, turn: Turn) -> None:
     """The blocks that each rank held at each step, as it recognised them."""
     lesson.part("A turn of the ring")
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("blocks held by", *(f"step {step}" for step in range(grid.size))):
+    for heading in ("blocks held by", *(f"step {step}" for step in range(lesson.size))):
         table.add_column(heading, no_wrap=True)
     for rank, row in enumerate(all_gather(lesson.comm, np.array(turn.held, dtype=np.int64))):
         table.add_row(f"rank {rank}", *(names(members(mask)) for mask in row.tolist()))
     lesson.say(table)
     lesson.say("Along a row: a rank meets every block once. Along a diagonal: a shard moves one rank on at each step.")
-    steps = range(grid.size)
-    expected = [sum(1 << block for block in grid.blocks_of((grid.rank - step) % grid.size)) for step in steps]
+    steps = range(lesson.size)
+    expected = [sum(1 << block for block in grid.blocks_of((lesson.rank - step) % lesson.size)) for step in steps]
     lesson.check("after s steps rank r holds the blocks of rank r - s, byte for byte", turn.held == expected)
     lesson.check("at each step the next blocks' receive was posted before the first product",
-                 turn.posted == [min(step + 1, grid.size - 1) for step in steps])
+                 turn.posted == [min(step + 1, lesson.size - 1) for step in steps])
 
 
 def show_bytes(lesson: Lesson, grid: Grid) -> None:
@@ -316,8 +316,8 @@ def show_bytes(lesson: Lesson, grid: Grid) -> None:
     messages, sent = lesson.comm.ledger.sums("send", "WEIGHTS")
     _, received = lesson.comm.ledger.sums("receive", "WEIGHTS")
     lesson.say_from_all(f"sent {messages} messages, {sent:,} bytes; received {received:,} bytes")
-    neighbour = len(grid.blocks_of((grid.rank + 1) % grid.size))
-    lesson.check("messages sent = N - 1", messages == grid.size - 1)
+    neighbour = len(grid.blocks_of((lesson.rank + 1) % lesson.size))
+    lesson.check("messages sent = N - 1", messages == lesson.size - 1)
     lesson.check("bytes sent = (G - blocks of rank r+1) x bytes of a block",
                  sent == (CONFIG.blocks - neighbour) * BLOCK_BYTES)
     lesson.check("bytes received = (G - blocks of rank r) x bytes of a block",
@@ -331,7 +331,7 @@ def bare_ring_bytes(size: int) -> int:
     but turn. None can end its turn before all have begun theirs, so at the peak all hold at once what they hold while
     they wait for a message.
     """
-    models = [Model(CONFIG, np, rank, size) for rank in range(size)]
+    models = [Model(CONFIG, np, *folded(rank, size)) for rank in range(size)]
     shards = [layer_weights(model).mlp[0] for model in models]
     world = VirtualWorld(size)
 
@@ -354,12 +354,12 @@ def show_memory(lesson: Lesson, grid: Grid, own: int, in_flight: int) -> None:
                "and those in flight, by the program's own account:")
     lesson.say_from_all(f"{own:,} + {in_flight:,} = {own + in_flight:,} bytes")
     # On rank 0 alone: where all ranks are threads of one process, the others wait meanwhile, and allocate nothing.
-    measured = from_root(lesson.comm, bare_ring_bytes(grid.size) if grid.rank == 0 else 0)
-    lesson.say(f"Measured by tracemalloc, in a ring of N = {grid.size} virtual ranks that do nothing but turn: "
+    measured = from_root(lesson.comm, bare_ring_bytes(lesson.size) if lesson.rank == 0 else 0)
+    lesson.say(f"Measured by tracemalloc, in a ring of N = {lesson.size} virtual ranks that do nothing but turn: "
                f"{measured:,} bytes per\nrank beside its own blocks, Python's objects for ranks and messages included.")
-    largest = max(len(grid.blocks_of(rank)) for rank in range(grid.size)) * BLOCK_BYTES
+    largest = max(len(grid.blocks_of(rank)) for rank in range(lesson.size)) * BLOCK_BYTES
     lesson.check("the ring allocates min(2, N - 1) times the largest shard, and beyond that less than one block",
-                 0 <= measured - min(2, grid.size - 1) * largest < BLOCK_BYTES)
+                 0 <= measured - min(2, lesson.size - 1) * largest < BLOCK_BYTES)
     lesson.check("the program's account of what is in flight misses less than one block of that",
                  0 <= measured - in_flight < BLOCK_BYTES)
 
@@ -383,7 +383,7 @@ def show_backward(lesson: Lesson, grid: Grid) -> None:
     lesson.part("Backward: weights go round again, gradients go straight home")
     lesson.say("Each rank's tokens make a part of every block's gradient, summed in a tree over the tiles. The few\n"
                "whole subtrees that a rank's slots fill go to the block's owner, who merges them as they come in.")
-    pieces, away = subtrees(grid.slots), CONFIG.blocks - len(grid.blocks)
+    pieces, away = subtrees(range(grid.slots[0], grid.slots[-1] + 1)), CONFIG.blocks - len(grid.blocks)
     messages, sent = lesson.comm.ledger.sums("send", "GRADIENTS")
     filled = "1 subtree" if pieces == 1 else f"{pieces} subtrees"
     lesson.say_from_all(f"slots {names(grid.slots)} fill {filled}: sent {messages} pieces, {sent:,} bytes")
@@ -400,7 +400,7 @@ def show_gradients(lesson: Lesson, grid: Grid, dx: Tiles, gradient: Array, truth
     x, weights, dy = plain_inputs(truth)
     mine = slice(grid.blocks.start, grid.blocks.stop)
     along_weights, along_x = np.zeros_like(weights), in_order(grid, tiles(grid, 4))
-    along_weights[mine] = np.random.default_rng([3, grid.rank]).standard_normal(gradient.shape)
+    along_weights[mine] = np.random.default_rng([3, lesson.rank]).standard_normal(gradient.shape)
     gain = truth.weights.gains[1]
     measured = slope(x, weights, gain, dy, 0 * x, along_weights), slope(x, weights, gain, dy, along_x, 0 * weights)
     whole_dx = in_order(grid, dx)
@@ -422,7 +422,7 @@ def show_gradients(lesson: Lesson, grid: Grid, dx: Tiles, gradient: Array, truth
 def main(lesson: Lesson) -> None:
     """The lesson, part by part."""
     lesson.require_ranks(CONFIG.max_ranks)
-    comm, model, truth = lesson.comm, Model(CONFIG, np, lesson.rank, lesson.size), judge()
+    comm, model, truth = lesson.comm, Model(CONFIG, np, *folded(lesson.rank, lesson.size)), judge()
     weights, turn = layer_weights(model), Turn()
     x, dy = tiles(model.grid, 1), tiles(model.grid, 2)
     show_owners(lesson, model.grid)

@@ -33,12 +33,12 @@ from tsp_ref.arrays import Array, Tiles
 from tsp_ref.comm.communicator import Communicator, Request
 from tsp_ref.comm.control import all_gather
 from tsp_ref.config import Config, make_config
-from tsp_ref.grid import Grid
+from tsp_ref.grid import Grid, folded
 from tsp_ref.model import Model
 from tsp_ref.ops.attention import attend_forward, out_forward, qkv_forward
 from tsp_ref.parameters import Parameters, attention_views, initial_parameters
 from tsp_ref.reference import naive, single
-from tsp_ref.tilewise import add_residual, normalise
+from tsp_ref.tilewise import add_residual, normalise, totals
 from tsp_ref.tree import Tree
 
 FULL = make_config("tiny", num_layers=1, hidden_size=128, num_heads=16, num_kv_heads=16)
@@ -105,10 +105,10 @@ def attention(comm: Communicator, model: Model, x: Tiles, weights: Parameters, n
     normed = normalise(model, x, weights.gains[0])
     output = {slot: Tree[Array](range(model.config.blocks)) for slot in grid.slots}
     coming, requests = broadcast(comm, model, shard, 0)
-    for owner in range(grid.size):
+    for owner in range(comm.size):
         comm.Waitall(requests)
         held, arrived = coming, [request for request in requests if request.verb == "receive"]
-        if owner + 1 < grid.size:
+        if owner + 1 < comm.size:
             # Posted before these are put to work, so that the next owner's heads can travel meanwhile; whether they do
             # is up to the MPI library.
             coming, requests = broadcast(comm, model, shard, owner + 1)
@@ -123,13 +123,13 @@ def attention(comm: Communicator, model: Model, x: Tiles, weights: Parameters, n
             notes.keys_values[block] = whole[position].copy()
             _, wo = attention_views(model.config, held[position])  # -> [H/G*e, h]
             attend(model, q, whole[position], wo, block, position, output, notes)
-    return add_residual(model, x, output)
+    return add_residual(model, x, totals(output))
 
 
 def broadcast(comm: Communicator, model: Model, shard: Array, owner: int) -> tuple[Array, list[Request]]:
     """Start to bring an owner's packed {wq, wk, wv, wo} blocks to every rank: where they will lie, and the messages."""
     grid = model.grid
-    if owner == grid.rank:
+    if owner == comm.rank:
         return shard, [comm.Isend(shard, peer, Tag.WEIGHTS) for peer in comm.others]
     coming = model.empty("buffers", len(grid.blocks_of(owner)), shard.shape[1])
     return coming, [comm.Irecv(coming, owner, Tag.WEIGHTS)]
@@ -162,7 +162,7 @@ def exchange(comm: Communicator, model: Model, own: Array) -> Array:
     requests = [comm.Irecv(parts[peer], peer, Tag.KEYS_VALUES) for peer in comm.others]
     requests += [comm.Isend(own, peer, Tag.KEYS_VALUES) for peer in comm.others]
     comm.Waitall(requests)
-    parts[grid.rank] = own
+    parts[comm.rank] = own
     for peer, part in parts.items():
         for number, slot in enumerate(grid.slots_of(peer)):
             # Slots are dealt out zigzag, so neighbours in a message are not neighbours in the text.
@@ -249,9 +249,10 @@ def show_steps(lesson: Lesson, grid: Grid, notes: Notes, truth: Judge) -> None:
     lesson.say(steps_table(rows))
     lesson.say("In each step every rank attends with these heads, from its own queries to all keys that they see.")
     lesson.check("step o: every rank holds the blocks of rank o, byte for byte",
-                 [mask for _, mask, _, _ in mine] == [sum(1 << b for b in grid.blocks_of(o)) for o in range(grid.size)])
+                 [mask for _, mask, _, _ in mine]
+                 == [sum(1 << block for block in grid.blocks_of(owner)) for owner in range(lesson.size)])
     lesson.check("step o: they came from rank o, and to rank o itself from nobody",
-                 [sender for sender, *_ in mine] == [-1 if o == grid.rank else o for o in range(grid.size)])
+                 [sender for sender, *_ in mine] == [-1 if o == lesson.rank else o for o in range(lesson.size)])
 
 
 def steps_table(rows: Array) -> Table:
@@ -278,7 +279,7 @@ def show_bytes(lesson: Lesson, config: Config, grid: Grid, used: Array) -> None:
     keys = config.num_kv_heads * config.head_dim
     block = config.hidden_size * (2 * config.hidden_size + 2 * keys) // config.blocks * itemsize
     slot = 2 * config.batch_size * config.tile_len * keys * itemsize
-    owned, slots, others = len(grid.blocks), len(grid.slots), grid.size - 1
+    owned, slots, others = len(grid.blocks), len(grid.slots), lesson.size - 1
     (weights, kv, _), (weights_in, kv_in, _) = used.tolist()
     lesson.say(f"A block of weights is h(2h + 2Ke)/G numbers, {block:,} bytes; keys and values of a slot, all heads "
                f"together,\nare 2BsKe numbers, {slot:,} bytes. Rank r owns n blocks and t slots: these go to N-1 "
@@ -290,7 +291,7 @@ def show_bytes(lesson: Lesson, config: Config, grid: Grid, used: Array) -> None:
     lesson.check("keys and values: bytes sent = (N-1) t slots, received = (T-t) slots",
                  (kv[1], kv_in[1]) == (others * slots * slot, (config.tiles - slots) * slot))
     lesson.check("messages sent = N-1 of weights, N(N-1) of keys and values",
-                 (weights[0], kv[0]) == (others, grid.size * others))
+                 (weights[0], kv[0]) == (others, lesson.size * others))
 
 
 def show_output(lesson: Lesson, output: Tiles, notes: Notes, truth: Judge) -> None:
@@ -335,7 +336,7 @@ def show_no_reduce(lesson: Lesson, model: Model, output: Tiles, notes: Notes, us
                  notes.leaves == dict.fromkeys(grid.slots, config.blocks))
     lesson.check("no message carried anything but weights, keys and values",
                  used[:, 2].tolist() == (used[:, 0] + used[:, 1]).tolist())
-    if grid.size > 1:
+    if lesson.size > 1:
         lesson.check("own heads alone are not the output: off by more than 0.01", missing > 0.01)
     else:
         lesson.check("a single rank's own heads are all heads: its sum is the output, every bit",
@@ -353,12 +354,12 @@ def measured_attention(lesson: Lesson, model: Model, notes: Notes) -> tuple[Tile
 def main(lesson: Lesson) -> None:
     """The lesson, part by part."""
     lesson.require_ranks(FULL.max_ranks)
-    grid = Model(FULL, np, lesson.rank, lesson.size).grid
+    grid = Model(FULL, np, *folded(lesson.rank, lesson.size)).grid
     show_owners(lesson, FULL, grid)
     volumes = []
     for config in (FULL, GROUPED):
         lesson.part(f"{config.num_heads} query heads, {config.num_kv_heads} key/value heads: g = {config.group_size}")
-        model, truth, notes = Model(config, np, lesson.rank, lesson.size), judge(config), Notes()
+        model, truth, notes = Model(config, np, *folded(lesson.rank, lesson.size)), judge(config), Notes()
         output, used = measured_attention(lesson, model, notes)
         if config is FULL:
             show_steps(lesson, grid, notes, truth)

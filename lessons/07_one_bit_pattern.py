@@ -37,6 +37,7 @@ from tsp_ref.schedules import collectives, tsp
 from tsp_ref.training.collect import digest
 from tsp_ref.training.data import Text
 from tsp_ref.training.loop import Training
+from tsp_ref.training.strategy import Plan
 from tsp_ref.tree import Node, Partial, Tree, add
 
 STEPS = 3
@@ -70,7 +71,7 @@ def drawn_text() -> Text:
 
 def train(comm: Communicator, schedule: str) -> Outcome:
     """A few steps of the tiny model with one layer."""
-    training = Training(CONFIG, comm, schedule, drawn_text(), np)
+    training = Training(CONFIG, comm, Plan(schedule), drawn_text(), np)
     for _ in range(STEPS):
         training.step()
     return Outcome(digest(training), training.losses, training.gradients.gains.tobytes())

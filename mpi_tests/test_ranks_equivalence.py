@@ -7,6 +7,7 @@ from cases import CASES, case_config, random_text, single_training
 from tsp_ref.commands.verify import Judge, compare_step
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training
+from tsp_ref.training.strategy import Plan
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -15,7 +16,7 @@ def test_five_steps_have_every_bit_of_the_single_process(comm, case, dtype):
     config = case_config(case, dtype)
     judge = Judge()
     reference = single_training(config, random_text()) if comm.rank == 0 else None
-    run = Training(config, comm, "tsp", random_text(), np)
+    run = Training(config, comm, Plan("tsp"), random_text(), np)
     for _ in range(config.steps):
         compare_step(judge, run, reference)
     if reference is not None:

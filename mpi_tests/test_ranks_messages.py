@@ -8,6 +8,7 @@ from tsp_ref.comm.control import agreed, from_root, gather_texts
 from tsp_ref.commands.holdings import activation_bytes, gain_bytes, model_state_bytes
 from tsp_ref.errors import MessageError, UserError
 from tsp_ref.training.loop import Training
+from tsp_ref.training.strategy import Plan
 
 
 def neighbours(comm):
@@ -72,7 +73,7 @@ def test_texts_numbers_and_refusals_are_shared(comm):
 
 def test_each_rank_holds_its_share_and_no_more_at_the_peak(comm):
     config = case_config("plain", "float32")
-    training = Training(config, comm, "tsp", random_text(), np)
+    training = Training(config, comm, Plan("tsp"), random_text(), np)
     for _ in range(2):
         training.step()
     memory, share = training.model.memory, len(training.model.grid.blocks) / config.blocks

@@ -18,6 +18,7 @@ from tsp_ref.parameters import Parameters, initial_parameters, named_views, zero
 from tsp_ref.reference import single
 from tsp_ref.training.data import Text
 from tsp_ref.training.loop import Training
+from tsp_ref.training.strategy import Plan
 
 SMALL = dict(num_layers=2, hidden_size=32, ffn_size=48, seq_len=32)
 
@@ -55,7 +56,7 @@ def cut(model: Model, whole: Array) -> Tiles:
 
 def single_training(config: Config, text: Text) -> Training:
     """The reference run."""
-    return Training(config, VirtualWorld(1).communicators[0], "single", text, np)
+    return Training(config, VirtualWorld(1).communicators[0], Plan("single"), text, np)
 
 
 def perturbed_parameters(model: Model, seed: int = 7) -> Parameters:
@@ -104,7 +105,7 @@ def gradient_gaps(calls: Calls, model: Model, total: Callable[[float], float], w
         for weight, gradient, seed in views:
             direction = np.random.default_rng(seed).standard_normal(weight.shape)
             moves.append((weight, direction))
-            if name != "gains" or grid.rank == 0:
+            if name != "gains" or grid.token_axis.rank == 0:
                 products += float(np.sum(gradient * direction))
                 squares += float(np.sum(gradient * gradient))
         values = []

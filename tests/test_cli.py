@@ -49,7 +49,7 @@ def test_a_log_is_appended_to_and_never_overwritten(capsys, tmp_path):
     assert main([*TINY, "--log", str(log), "--ranks", "2"]) == 0
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert records[0] == {"mine": 1}
-    assert records[1]["schedule"] == "tsp" and records[1]["start"]["hidden_size"] == 64
+    assert records[1]["plan"]["schedule"] == "tsp" and records[1]["start"]["hidden_size"] == 64
     assert [record["step"] for record in records[2:5]] == [1, 2, 3]
     assert records[4]["loss"] < records[2]["loss"]
     assert set(records[5]) == {"validation_loss"}

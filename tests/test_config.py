@@ -9,6 +9,7 @@ import pytest
 
 from tsp_ref.config import PLANNING_ONLY, PRESETS, Config, make_config
 from tsp_ref.errors import UserError
+from tsp_ref.grid import ALONE, Place, folded
 from tsp_ref.model import Model
 from tsp_ref.parameters import initial_parameters
 
@@ -44,10 +45,9 @@ def test_every_preset_is_valid(preset: str) -> None:
 @pytest.mark.parametrize("preset", RUNNABLE)
 def test_every_preset_that_runs_can_be_dealt_to_eight_ranks_evenly(preset: str) -> None:
     config = make_config(preset)
-    config.require_ranks(8)
     assert config.vocab_size >= 256
     for rank in range(8):
-        model = Model(config, np, rank, 8)
+        model = Model(config, np, *folded(rank, 8))
         assert len(model.grid.blocks) == config.blocks // 8
         assert len(model.grid.slots) == config.tiles // 8
         assert sum(part.nbytes for part in model.rotary.values()) > 0
@@ -146,19 +146,18 @@ def test_a_value_of_another_type_than_the_fields_is_refused(field: str, value: o
     assert f"{field}={value}" in refusal(**{field: value})
 
 
-@pytest.mark.parametrize("ranks", [0, -1, 9])
-def test_a_number_of_ranks_beyond_the_grid_is_refused(ranks: int) -> None:
-    with pytest.raises(UserError, match=rf"^ranks={ranks} .*blocks=8 and tiles=16.*use 1 to 8 ranks"):
-        Config().require_ranks(ranks)
-
-
-@pytest.mark.parametrize(("blocks", "tiles", "most"), [(8, 16, 8), (8, 4, 4), (2, 2, 2), (1, 16, 1)])
-def test_every_rank_needs_a_block_and_a_tile(blocks: int, tiles: int, most: int) -> None:
+@pytest.mark.parametrize(("blocks", "tiles"), [(8, 16), (8, 4), (2, 2), (1, 16)])
+def test_every_rank_on_an_axis_needs_a_block_or_a_tile(blocks: int, tiles: int) -> None:
     config = Config(blocks=blocks, tiles=tiles)
-    for ranks in range(1, most + 1):
-        config.require_ranks(ranks)
-    with pytest.raises(UserError, match=f"use 1 to {most} ranks"):
-        config.require_ranks(most + 1)
+    for size in range(1, 20):
+        for axes, field, most in (((Place(size - 1, size), ALONE), "blocks", blocks),
+                                  ((ALONE, Place(size - 1, size)), "tiles", tiles)):
+            if size <= most:
+                Model(config, np, *axes)
+            else:
+                with pytest.raises(UserError, match=rf"^ranks={size} .* {field}={most}, .*; use 1 to {most} ranks, or"):
+                    Model(config, np, *axes)
+    assert config.max_ranks == min(blocks, tiles)
 
 
 def test_a_shape_is_accepted_exactly_when_all_rules_hold() -> None:
@@ -211,7 +210,7 @@ def test_the_number_of_parameters_is_that_of_the_initial_weights(preset: str, ti
 @pytest.mark.parametrize("ranks", [3, 8])
 def test_all_ranks_together_hold_every_parameter_once(ranks: int, tied: bool) -> None:
     config = make_config("tiny", tied_head=tied)
-    held = [initial_parameters(Model(config, np, rank, ranks)) for rank in range(ranks)]
+    held = [initial_parameters(Model(config, np, *folded(rank, ranks))) for rank in range(ranks)]
     gains = held[0].gains.size
     assert config.num_parameters == gains + sum(tensor.size for part in held for _, tensor in part.tensors())
 
@@ -220,7 +219,7 @@ def test_all_ranks_together_hold_every_parameter_once(ranks: int, tied: bool) ->
 def test_initial_weights_depend_on_the_seed_and_the_block_but_not_on_the_rank(dtype: str) -> None:
     config = make_config("tiny", dtype=dtype)
     whole = dict(initial_parameters(Model(config, np)).tensors())
-    model = Model(config, np, 1, 3)
+    model = Model(config, np, *folded(1, 3))
     for name, part in initial_parameters(model).tensors():
         assert part.dtype == dtype
         assert part.tobytes() == whole[name][model.grid.blocks.start : model.grid.blocks.stop].tobytes()

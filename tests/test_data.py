@@ -8,6 +8,7 @@ import pytest
 
 from tsp_ref.config import Config, make_config
 from tsp_ref.errors import UserError
+from tsp_ref.grid import folded
 from tsp_ref.model import Model
 from tsp_ref.training.data import TRAINING, VALIDATION, Text, batch, load_text
 
@@ -44,7 +45,7 @@ def assembled(text: Text, size: int, part: int, number: int, config: Config = CO
     """[2, B, S], tokens and targets put together from the slots of all ranks."""
     found = np.full((2, config.batch_size, config.seq_len), -1, dtype=np.int64)
     for rank in range(size):
-        model = Model(config, np, rank, size)
+        model = Model(config, np, *folded(rank, size))
         for kind, tiles in enumerate(batch(model, text, part, number)):
             assert list(tiles) == list(model.grid.slots)
             for slot, tile in tiles.items():

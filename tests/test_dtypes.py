@@ -8,6 +8,7 @@ from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.reference import single
 from tsp_ref.schedules import tsp
 from tsp_ref.training.loop import Training
+from tsp_ref.training.strategy import Plan
 
 
 class Watched(np.ndarray):
@@ -30,7 +31,7 @@ class WatchedNumpy:
 
 def float32_run(comm, schedule):
     """Two training steps and a validation on watched arrays."""
-    training = Training(case_config("grouped-query", "float32"), comm, schedule, random_text(), WatchedNumpy())
+    training = Training(case_config("grouped-query", "float32"), comm, Plan(schedule), random_text(), WatchedNumpy())
     for _ in range(2):
         training.step()
     training.validate()

@@ -8,13 +8,14 @@ from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.commands.verify import Judge, compare_step
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training
+from tsp_ref.training.strategy import Plan
 
 
 def tsp_digest(config, ranks, seed, steps):
     """The digest of a TSP run on virtual ranks."""
 
     def main(comm):
-        training = Training(config, comm, "tsp", random_text(), np)
+        training = Training(config, comm, Plan("tsp"), random_text(), np)
         for _ in range(steps):
             training.step()
         text = digest(training)
@@ -53,7 +54,7 @@ def test_every_tensor_of_three_virtual_ranks_is_the_single_process_s():
     def main(comm):
         judge = Judge()
         reference = single_training(config, random_text()) if comm.rank == 0 else None
-        run = Training(config, comm, "tsp", random_text(), np)
+        run = Training(config, comm, Plan("tsp"), random_text(), np)
         for _ in range(2):
             compare_step(judge, run, reference)
         return judge.verdicts

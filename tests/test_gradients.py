@@ -5,6 +5,7 @@ import pytest
 from cases import CASES, Calls, case_config, gradient_gaps, single_calls, sum_over
 
 from tsp_ref.comm.virtual import VirtualWorld
+from tsp_ref.grid import folded
 from tsp_ref.model import Model
 from tsp_ref.schedules import tsp
 
@@ -26,7 +27,7 @@ def test_gradients_on_virtual_ranks_are_central_differences(ranks, what):
     config = case_config("grouped-query", "float64", num_layers=1)
 
     def main(comm):
-        model = Model(config, np, comm.rank, comm.size)
+        model = Model(config, np, *folded(comm.rank, comm.size))
         return gradient_gaps(Calls(tsp, comm, model), model, sum_over(comm), what)
 
     for gaps in VirtualWorld(ranks, seed=1).run(main):

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from tsp_ref.grid import Grid, share, zigzag
+from tsp_ref.grid import Grid, folded, share, zigzag
 
 GRIDS = [(1, 1), (8, 16), (8, 4), (3, 5), (32, 64), (7, 16)]
 WORLDS = [(blocks, tiles, size) for blocks, tiles in GRIDS for size in range(1, min(blocks, tiles) + 1)]
 
 
 def grids(blocks: int, tiles: int, size: int, tile_len: int = 4) -> list[Grid]:
-    return [Grid(blocks, tiles, tile_len, rank, size) for rank in range(size)]
+    return [Grid(blocks, tiles, tile_len, *folded(rank, size)) for rank in range(size)]
 
 
 def positions(grid: Grid, slot: int) -> np.ndarray:

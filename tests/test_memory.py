@@ -9,6 +9,7 @@ from cases import case_config, cut, random_text, single_training
 
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.commands.holdings import activation_bytes, gain_bytes, model_state_bytes
+from tsp_ref.grid import folded
 from tsp_ref.memory import Memory
 from tsp_ref.model import Model
 from tsp_ref.parameters import initial_parameters
@@ -16,6 +17,7 @@ from tsp_ref.schedules import tsp
 from tsp_ref.schedules.collectives import ReduceToOwner
 from tsp_ref.schedules.tags import Tag
 from tsp_ref.training.loop import Training
+from tsp_ref.training.strategy import Plan
 from tsp_ref.tree import Tree
 
 
@@ -46,7 +48,7 @@ def test_eight_ranks_hold_an_eighth_of_the_single_process_each(case):
     assert alone.model.memory.peak["activations"] == activation_bytes(config)
 
     def main(comm):
-        training = Training(config, comm, "tsp", random_text(), np)
+        training = Training(config, comm, Plan("tsp"), random_text(), np)
         training.step()
         return training.model.memory
 
@@ -58,7 +60,7 @@ def test_eight_ranks_hold_an_eighth_of_the_single_process_each(case):
 
 def test_nothing_but_the_model_state_is_held_between_steps():
     def main(comm):
-        training = Training(case_config("plain", "float32"), comm, "tsp", random_text(), np)
+        training = Training(case_config("plain", "float32"), comm, Plan("tsp"), random_text(), np)
         training.step()
         return dict(training.model.memory.held)
 
@@ -72,7 +74,7 @@ def test_two_shards_of_weights_at_most_are_held_beside_a_rank_s_own(travel, rank
     config = case_config("plain", "float32")
 
     def main(comm):
-        model = Model(config, np, comm.rank, comm.size)
+        model = Model(config, np, *folded(comm.rank, comm.size))
         shard = np.zeros((len(model.grid.blocks), 100), dtype=np.float32)
         owners = [owner for owner, _ in travel(comm, model, shard, Tag.MLP_WEIGHTS)]
         assert sorted(owners) == list(range(ranks))
@@ -87,7 +89,7 @@ def test_the_next_weights_are_posted_before_the_work_on_those_at_hand(travel):
     ranks = 4
 
     def main(comm):
-        model = Model(case_config("plain", "float32"), np, comm.rank, comm.size)
+        model = Model(case_config("plain", "float32"), np, *folded(comm.rank, comm.size))
         shard = np.zeros((len(model.grid.blocks), 5), dtype=np.float32)
         posted = []
         for owner, _ in travel(comm, model, shard, Tag.MLP_WEIGHTS):
@@ -108,7 +110,7 @@ def test_attention_s_buffers_are_two_shards_and_the_keys_and_values_twice(ranks)
     config = case_config("plain", "float32")
 
     def main(comm):
-        model = Model(config, np, comm.rank, comm.size)
+        model = Model(config, np, *folded(comm.rank, comm.size))
         weights = initial_parameters(model)
         x = cut(model, np.ones((config.batch_size, config.seq_len, config.hidden_size), dtype=np.float32))
         tsp.attention_forward(comm, model, x, weights, 0)
@@ -124,7 +126,7 @@ def test_gradients_on_their_way_home_are_those_of_two_owners_at_a_time():
     config = case_config("plain", "float32", tiles=8)
 
     def main(comm):
-        model = Model(config, np, comm.rank, comm.size)
+        model = Model(config, np, *folded(comm.rank, comm.size))
         home = ReduceToOwner(comm, model, Tag.MLP_GRADIENTS)
         for step in range(comm.size):
             partial = Tree(range(config.tiles))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tsp_ref.config import Config, make_config
+from tsp_ref.grid import folded
 from tsp_ref.model import Model
 from tsp_ref.parameters import Parameters, initial_parameters, zero_parameters
 from tsp_ref.training.optimizer import AdamW, clip_factor, learning_rate
@@ -103,7 +104,7 @@ def test_decay_shrinks_matrices_and_leaves_gains_alone() -> None:
 def test_blocks_of_any_partition_get_the_same_bits(size: int, dtype: str) -> None:
     config = config_of(dtype)
     whole = trained(Model(config, np), 0.37)
-    parts = [trained(Model(config, np, rank, size), 0.37) for rank in range(size)]
+    parts = [trained(Model(config, np, *folded(rank, size)), 0.37) for rank in range(size)]
     for pick in (lambda run: run[0], lambda run: run[1].first, lambda run: run[1].second):
         for number, (name, tensor) in enumerate(pick(whole).tensors()):
             dealt = np.concatenate([arrays(pick(part))[number] for part in parts])

@@ -20,6 +20,7 @@ from cases import cut, random_batch
 from tsp_ref import ops
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.config import make_config
+from tsp_ref.grid import folded
 from tsp_ref.model import Model
 from tsp_ref.parameters import initial_parameters, zero_parameters
 from tsp_ref.reference import naive, single
@@ -160,7 +161,7 @@ class Watch:
 
 def a_training_step(comm) -> None:
     """Forward and backward on two virtual ranks: every operation runs."""
-    model = Model(CONFIG, np, comm.rank, comm.size)
+    model = Model(CONFIG, np, *folded(comm.rank, comm.size))
     weights, gradients = initial_parameters(model), zero_parameters(model, "gradients")
     tokens, targets = (cut(model, whole) for whole in random_batch(CONFIG))
     _, saved = tsp.model_forward(comm, model, weights, tokens, targets)

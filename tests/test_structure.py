@@ -104,7 +104,8 @@ def undocumented(modules: Sources) -> list[str]:
             place, body = bodies.pop()
             for node in body.body:
                 if isinstance(node, ast.ClassDef | Function) and not node.name.startswith("_"):
-                    found += [f"{place}.{node.name}"] * (ast.get_docstring(node) is None)
+                    setter = any(ast.unparse(part).endswith(".setter") for part in node.decorator_list)
+                    found += [f"{place}.{node.name}"] * (ast.get_docstring(node) is None and not setter)
                     if isinstance(node, ast.ClassDef):
                         bodies.append((f"{place}.{node.name}", node))
     return found

@@ -7,12 +7,14 @@ import pytest
 from cases import case_config, random_text, single_training
 
 from tsp_ref.comm.virtual import VirtualWorld
+from tsp_ref.grid import folded
 from tsp_ref.model import Model
 from tsp_ref.parameters import initial_parameters, named_views
 from tsp_ref.reference import naive, single
 from tsp_ref.training.collect import digest
 from tsp_ref.training.data import Text
 from tsp_ref.training.loop import Training
+from tsp_ref.training.strategy import Plan
 
 
 def leaves(weights):
@@ -105,7 +107,7 @@ def test_validation_is_on_the_held_out_text_and_changes_nothing():
 def stepped(schedule, comm, steps=1):
     """A run with one layer after some steps and a validation."""
     config = case_config("plain", "float32", num_layers=1)
-    training = Training(config, comm, schedule, random_text(), np)
+    training = Training(config, comm, Plan(schedule), random_text(), np)
     for _ in range(steps):
         training.step()
     training.validate()
@@ -153,7 +155,7 @@ def test_initial_weights_have_their_spread_whoever_draws_them():
             spread = 0.02 / math.sqrt(8) if field in ("wo", "down") else 0.02
             assert values.std() == pytest.approx(spread, rel=0.05) and abs(values.mean()) < spread / 20
     for size in (2, 3, 8):
-        parts = [initial_parameters(Model(config, np, rank, size)) for rank in range(size)]
+        parts = [initial_parameters(Model(config, np, *folded(rank, size))) for rank in range(size)]
         for number, (_, tensor) in enumerate(whole.tensors()):
             joined = np.concatenate([list(part.tensors())[number][1] for part in parts])
             assert joined.tobytes() == tensor.tobytes()

@@ -8,6 +8,7 @@ from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.commands.verify import Judge, compare_step, held_parameters
 from tsp_ref.parameters import named_views
 from tsp_ref.training.loop import Training
+from tsp_ref.training.strategy import Plan
 
 RANKS = 3
 CONFIG = case_config("grouped-query", "float32", num_layers=1)
@@ -25,7 +26,7 @@ def verdicts_with(plant):
     def main(comm):
         judge = Judge()
         reference = single_training(CONFIG, random_text()) if comm.rank == 0 else None
-        run = Training(CONFIG, comm, "tsp", random_text(), np)
+        run = Training(CONFIG, comm, Plan("tsp"), random_text(), np)
         if comm.rank == comm.size - 1:
             plant(run)
         compare_step(judge, run, reference)

@@ -1,4 +1,5 @@
-"""What a forward keeps for its backward. Slots are those that the rank owns; blocks are all G of them."""
+"""What a forward keeps for its backward. Slots are those that the rank holds; blocks are those that it computes with:
+its own, or all G where weights travel or are replicated."""
 
 from __future__ import annotations
 
@@ -18,6 +19,11 @@ class AttentionSaved:
     heads: dict[tuple[int, int], Array] = field(default_factory=dict)  # (block, slot) -> [B, K/G, g*s, e]
     logsumexp: dict[tuple[int, int], Array] = field(default_factory=dict)  # (block, slot) -> [B, K/G, g*s, 1]
 
+    def keep_input_only(self) -> None:
+        """Let go of all that can be computed anew from the layer's input."""
+        for kept in (self.keys_values, self.tile_keys_values, self.q, self.heads, self.logsumexp):
+            kept.clear()
+
 
 @dataclass
 class MlpSaved:
@@ -25,6 +31,11 @@ class MlpSaved:
 
     x: Tiles  # slot -> [B, s, h], the attention's output
     projected: dict[tuple[int, int], Array] = field(default_factory=dict)  # (block, slot) -> [B*s, 2f/G], gate and up
+
+    def keep_nothing(self) -> None:
+        """Let go of everything: all of it can be computed anew from the layer's input."""
+        self.x = {}
+        self.projected.clear()
 
 
 @dataclass
@@ -37,10 +48,10 @@ class HeadSaved:
 
 @dataclass
 class Saved:
-    """A whole forward."""
+    """A whole forward: a batch, and what is kept of each layer and of the head."""
 
     tokens: Tiles  # slot -> [B, s]
     targets: Tiles  # slot -> [B, s]
-    attention: list[AttentionSaved]
-    mlp: list[MlpSaved]
-    head: HeadSaved
+    attention: list[AttentionSaved] = field(default_factory=list)
+    mlp: list[MlpSaved] = field(default_factory=list)
+    head: HeadSaved = field(default_factory=lambda: HeadSaved({}))

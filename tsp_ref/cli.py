@@ -13,8 +13,10 @@ from .commands.train import TrainOptions, train
 from .commands.verify import verify
 from .config import PLANNING_ONLY, PRESETS, Config, make_config
 from .errors import UserError
+from .grid import LAYOUTS
 from .launch import refuse, start
-from .training.strategy import SCHEDULES
+from .model import RECOMPUTE
+from .training.strategy import SCHEDULES, Plan
 
 DESCRIPTION = """\
 A transformer trained under TSP: every rank holds 1/N of the weights and 1/N of the tokens, and computes bit for bit
@@ -59,12 +61,11 @@ def _parser() -> Parser:
     training = commands.add_parser(
         "train", help="train a byte-level language model", **form,
         description="Train a byte-level language model on text, and show at the end what each rank held and sent.")
-    training.add_argument("--schedule", default="tsp", metavar="|".join(SCHEDULES),
-                          help="single: the reference, one process; tsp: any number of ranks (default)")
     training.add_argument("--digest", action="store_true",
                           help="end with a SHA-256 over the bits of losses, gradients, weights and optimizer state: "
-                               "the same for any number of ranks and both schedules")
+                               "the same for any number of ranks, schedule, mesh, layout and recomputation")
     training.add_argument("--log", metavar="FILE.jsonl", help="append a JSON line for each step")
+    _plan_options(training)
     _common(training, preset="small", steps="the preset's")
     training.set_defaults(run=_train)
 
@@ -72,9 +73,33 @@ def _parser() -> Parser:
         "verify", help="compare N ranks with the single process, bit by bit", **form,
         description="Train on N ranks and in a single process in the same job, and compare every activation, gradient, "
                     "weight and moment. Exit code 0 only if every bit agrees.")
+    _plan_options(verifying)
     _common(verifying, preset="tiny", steps="2")
     verifying.set_defaults(run=_verify)
     return parser
+
+
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--schedule", default="tsp", metavar="|".join(SCHEDULES),
+                        help="single: the reference, one process; tp: tensor parallelism, weights dealt out; sp: "
+                             "sequence parallelism, tokens dealt out; tp+sp: both, on a mesh; tsp: both, folded on the "
+                             "same ranks (default)")
+    parser.add_argument("--mesh", metavar="TxS",
+                        help="for tp+sp: T ranks for weights by S ranks for tokens, as 2x4 (as square as N allows)")
+    _layout_options(parser)
+
+
+def _layout_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--layout", default="zigzag", metavar="|".join(LAYOUTS),
+                        help="zigzag: a rank's tiles are from both ends of the text, equal work (default); "
+                             "contiguous: from one place, unequal work, the same bits")
+    parser.add_argument("--recompute", default="none", metavar="|".join(RECOMPUTE),
+                        help="what the backward computes anew instead of finding it kept: nothing (default), the "
+                             "attention parts, everything but the layers' inputs; the same bits")
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    return Plan(options.schedule, options.mesh, options.layout, options.recompute)
 
 
 def _common(parser: argparse.ArgumentParser, preset: str, steps: str) -> None:
@@ -103,14 +128,14 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _train(options: argparse.Namespace) -> int:
-    request = TrainOptions(_config(options), options.schedule, options.text, options.digest, options.log)
+    request = TrainOptions(_config(options), _plan(options), options.text, options.digest, options.log)
     return start(lambda comm: train(comm, request), options.ranks, options.shuffle, options.debug)
 
 
 def _verify(options: argparse.Namespace) -> int:
     options.steps = 2 if options.steps is None else options.steps
-    config = _config(options)
-    return start(lambda comm: verify(comm, config, options.text), options.ranks, options.shuffle, options.debug)
+    config, plan = _config(options), _plan(options)
+    return start(lambda comm: verify(comm, config, plan, options.text), options.ranks, options.shuffle, options.debug)
 
 
 def _fields() -> str:

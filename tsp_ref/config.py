@@ -37,8 +37,8 @@ class Config:
     tied_head: bool = _field(False, "the head is the embedding table")
     dtype: str = _field("float32", "float32 or float64, for every floating array")
 
-    blocks: int = _field(8, "G, blocks that each weight matrix is cut in; at most G ranks")
-    tiles: int = _field(16, "T, tiles that each sequence is cut in; at most T ranks")
+    blocks: int = _field(8, "G, blocks that each weight matrix is cut in; at most G ranks share the weights")
+    tiles: int = _field(16, "T, tiles that each sequence is cut in; at most T ranks share the tokens")
 
     batch_size: int = _field(4, "B, sequences in a step")
     steps: int = _field(100, "optimizer steps")
@@ -75,7 +75,7 @@ class Config:
 
     @property
     def max_ranks(self) -> int:
-        """The largest N: every rank needs a block and a tile."""
+        """The largest N for TSP, where every rank needs a block and a tile."""
         return min(self.blocks, self.tiles)
 
     @property
@@ -110,13 +110,6 @@ class Config:
         _require(self.head_dim % 2 == 0, self, "hidden_size",
                  f"a head has hidden_size / num_heads = {self.head_dim} entries, and the rotary embedding turns them "
                  f"in pairs: use a multiple of {2 * self.num_heads}")
-
-    def require_ranks(self, size: int) -> None:
-        """Refuse a number of ranks that this grid cannot be dealt to."""
-        if not 1 <= size <= self.max_ranks:
-            raise UserError(f"ranks={size} is not possible: with blocks={self.blocks} and tiles={self.tiles} each rank "
-                            f"needs a block and a tile, so use 1 to {self.max_ranks} ranks, or raise the smaller with "
-                            "--set")
 
 
 def _require(holds: bool, config: Config, name: str, remedy: str) -> None:

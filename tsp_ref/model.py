@@ -1,35 +1,61 @@
-"""What every function of a reference or a schedule is given: the configuration, the grid, the namespace, the memory."""
+"""What every function of a reference or a schedule is given: the configuration, the grid, the namespace, the books."""
 
 from __future__ import annotations
 
 from .arrays import Array, Namespace, Tiles
 from .config import Config
-from .grid import Grid
+from .counted import CountedNumpy
+from .errors import UserError
+from .grid import ALONE, Grid, Place
 from .memory import Memory
 from .ops.attention import causal_mask
 from .ops.rotary import rotary_table
+from .phase import Phase
+from .work import Work
+
+RECOMPUTE = ("none", "attention", "full")
 
 
 class Model:
-    """A model as one rank sees it, without its weights. A single process is rank 0 of 1.
+    """A model as one rank sees it, without its weights. A single process is alone on both axes.
 
-    config, grid, xp, memory  as given
-    mask                      [s, s], the causal mask of a tile against itself
-    rotary                    slot -> [2, s, e/2], the angles of the positions in this rank's slots
+    config     as given
+    xp         as given; if `counted`, NumPy whose arrays and products are all entered in the books
+    grid       from the rank's places on the axis of weights and on that of tokens, and the layout
+    recompute  what the backward computes anew rather than find kept: "none", "attention" (everything between the
+               input and the output of an attention part), "full" (everything but the layers' inputs)
+    memory, work, phase  the books, and the phase that is entered in them
+    mask       [s, s], the causal mask of a tile against itself
+    rotary     slot -> [2, s, e/2], the angles of the positions in this rank's slots
     """
 
-    def __init__(self, config: Config, xp: Namespace, rank: int = 0, size: int = 1) -> None:
-        config.require_ranks(size)
+    def __init__(
+        self, config: Config, xp: Namespace, weight_axis: Place = ALONE, token_axis: Place = ALONE, *,
+        layout: str = "zigzag", recompute: str = "none", counted: bool = False
+    ) -> None:
+        if recompute not in RECOMPUTE:
+            raise UserError(f"--recompute {recompute} is unknown: use one of {', '.join(RECOMPUTE)}")
         self.config = config
-        self.xp = xp
-        self.grid = Grid(config.blocks, config.tiles, config.tile_len, rank, size)
         self.memory = Memory()
-        self.mask: Array = causal_mask(xp, config.tile_len, config.dtype)
+        self.work = Work()
+        self.xp = CountedNumpy(self.memory, self.work) if counted else xp
+        self.grid = Grid(config.blocks, config.tiles, config.tile_len, weight_axis, token_axis, layout)
+        self.recompute = recompute
+        self.mask: Array = causal_mask(self.xp, config.tile_len, config.dtype)
         self.rotary: Tiles = {
-            slot: rotary_table(xp, self.grid.tokens(slot).start, config.tile_len, config.head_dim,
+            slot: rotary_table(self.xp, self.grid.tokens(slot).start, config.tile_len, config.head_dim,
                                config.rope_theta, config.dtype)
             for slot in self.grid.slots
         }
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that the books are at."""
+        return self.work.phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self.work.phase = self.memory.phase = phase
 
     def empty(self, kind: str, *shape: int) -> Array:
         """A new array of the model's dtype, counted in this rank's memory as `kind`."""

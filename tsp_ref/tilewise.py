@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .activations import Saved
 from .arrays import Array, Tiles
 from .model import Model
 from .ops.norm import rmsnorm_backward, rmsnorm_forward
@@ -23,9 +24,9 @@ def normalise_backward(model: Model, dy: Tiles, x: Tiles, gain: Array, dgain: Ti
     return dx
 
 
-def add_residual(model: Model, x: Tiles, part: dict[int, Tree[Array]]) -> Tiles:
-    """x plus the sum over all blocks of a part's output, a new array for each tile."""
-    return {slot: model.memory.track("activations", x[slot] + part[slot].total) for slot in model.grid.slots}
+def add_residual(model: Model, x: Tiles, part: Tiles) -> Tiles:
+    """x plus a part's output, a new array for each tile."""
+    return {slot: model.memory.track("activations", x[slot] + part[slot]) for slot in model.grid.slots}
 
 
 def totals(trees: dict[int, Tree[Array]]) -> Tiles:
@@ -36,3 +37,11 @@ def totals(trees: dict[int, Tree[Array]]) -> Tiles:
 def squares(model: Model, gradients: Parameters, position: int) -> Array:
     """The sum of squares of each tensor's block at `position` among those that this rank holds: [number of tensors]."""
     return model.xp.stack([model.xp.sum(tensor[position] * tensor[position]) for _, tensor in gradients.tensors()])
+
+
+def forget(model: Model, saved: Saved) -> None:
+    """Drop, of the layer that was kept last, what the backward will compute anew."""
+    if model.recompute != "none":
+        saved.attention[-1].keep_input_only()
+    if model.recompute == "full":
+        saved.mlp[-1].keep_nothing()

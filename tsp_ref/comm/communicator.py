@@ -6,7 +6,7 @@ Its methods have the names of MPI's, because that is what they are. A subclass s
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..arrays import Array
@@ -34,24 +34,38 @@ class Request:
                 f"{list(self.array.shape)} {self.array.dtype}, {self.array.nbytes} bytes")
 
 
-@dataclass
-class Ledger:
-    """Messages and bytes, by (verb, tag, peer). Counted when a message is posted."""
+@dataclass(frozen=True)
+class Entry:
+    """What messages are counted by. The phase is (part of the model, direction), as its caller names it."""
 
-    entries: dict[tuple[str, str, int], list[int]] = field(default_factory=dict)
+    verb: str  # "send" or "receive"
+    phase: tuple[str, str]
+    tag: str
+    peer: int
+
+
+class Ledger:
+    """Messages and bytes, by entry. Counted when a message is posted."""
+
+    def __init__(self) -> None:
+        self.phase = ("", "")
+        self.entries: dict[Entry, tuple[int, int]] = {}
 
     def count(self, request: Request) -> None:
         """Add one message."""
-        key = (request.verb, str(getattr(request.tag, "name", request.tag)), request.peer)
-        entry = self.entries.setdefault(key, [0, 0])
-        entry[0] += 1
-        entry[1] += request.array.nbytes
+        entry = Entry(request.verb, self.phase, str(getattr(request.tag, "name", request.tag)), request.peer)
+        messages, size = self.entries.get(entry, (0, 0))
+        self.entries[entry] = messages + 1, size + request.array.nbytes
 
-    def sums(self, verb: str, tag: str | None = None, peer: int | None = None) -> tuple[int, int]:
-        """Messages and bytes of a verb, of one tag or peer if named."""
-        chosen = [entry for (v, t, p), entry in self.entries.items()
-                  if v == verb and tag in (None, t) and peer in (None, p)]
-        return sum(entry[0] for entry in chosen), sum(entry[1] for entry in chosen)
+    def sums(
+        self, verb: str, tag: str | None = None, peer: int | None = None, part: str | None = None,
+        direction: str | None = None
+    ) -> tuple[int, int]:
+        """Messages and bytes of a verb; of one tag, peer, part of the model or direction, if named."""
+        chosen = [sums for entry, sums in self.entries.items()
+                  if entry.verb == verb and tag in (None, entry.tag) and peer in (None, entry.peer)
+                  and part in (None, entry.phase[0]) and direction in (None, entry.phase[1])]
+        return sum(messages for messages, _ in chosen), sum(size for _, size in chosen)
 
 
 class Communicator(ABC):
@@ -66,6 +80,15 @@ class Communicator(ABC):
         self.size = size
         self.ledger = Ledger()
         self._open: dict[int, Request] = {}
+
+    @property
+    def phase(self) -> tuple[str, str]:
+        """The phase that messages are counted by."""
+        return self.ledger.phase
+
+    @phase.setter
+    def phase(self, phase: tuple[str, str]) -> None:
+        self.ledger.phase = phase
 
     @property
     def others(self) -> list[int]:

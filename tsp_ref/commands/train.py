@@ -23,6 +23,7 @@ from ..terminal import console_for
 from ..training.collect import digest
 from ..training.data import Text, load_text
 from ..training.loop import StepReport, Training
+from ..training.strategy import Plan
 from .holdings import holdings_table, short
 
 
@@ -31,7 +32,7 @@ class TrainOptions:
     """What the command line asks of `train`."""
 
     config: Config
-    schedule: str = "tsp"
+    plan: Plan
     text: list[str] | None = None
     digest: bool = False
     log: str | None = None
@@ -61,9 +62,8 @@ def _prepare(comm: Communicator, options: TrainOptions) -> tuple[Training, IO[st
     """All that can be refused, before the first message of the model."""
     if options.digest:
         threads.require_one("--digest")
-    options.config.require_ranks(comm.size)
     text = load_text(options.text, options.config)
-    training = Training(options.config, comm, options.schedule, text, np)
+    training = Training(options.config, comm, options.plan, text, np)
     return training, _open_log(options) if comm.rank == 0 else None
 
 
@@ -75,7 +75,7 @@ def _open_log(options: TrainOptions) -> IO[str] | None:
         log = open(options.log, "a", encoding="utf-8")  # noqa: SIM115  (closed by the caller's with)
     except OSError as error:
         raise UserError(f"--log {options.log} cannot be written: {error.strerror}") from None
-    _write(log, {"start": dataclasses.asdict(options.config), "schedule": options.schedule})
+    _write(log, {"start": dataclasses.asdict(options.config), "plan": dataclasses.asdict(options.plan)})
     return log
 
 
@@ -90,7 +90,7 @@ def _require_same_text(comm: Communicator, text: Text) -> None:
 def _greet(console: Console, training: Training, options: TrainOptions) -> None:
     config, comm = training.config, training.comm
     ranks = "1 rank" if comm.size == 1 else f"{comm.size} ranks"
-    console.print(f"{options.schedule} on {ranks}: {config.num_parameters:,} parameters in {config.dtype}, "
+    console.print(f"{options.plan} on {ranks}: {config.num_parameters:,} parameters in {config.dtype}, "
                   f"{config.batch_size} sequences of {config.seq_len} bytes a step, {config.blocks} weight blocks, "
                   f"{config.tiles} token tiles")
     console.print(f"text: {training.text.source}, {len(training.text.training):,} bytes to learn, "

@@ -19,9 +19,10 @@ from ..comm.virtual import VirtualWorld
 from ..config import Config
 from ..parameters import Parameters, named_views
 from ..terminal import console_for
-from ..training.collect import owner_of, stream, stream_blocks
+from ..training.collect import holders, stream, stream_blocks
 from ..training.data import load_text
 from ..training.loop import Training
+from ..training.strategy import Plan
 
 Key = TypeVar("Key", int, tuple[int, int])
 
@@ -72,17 +73,17 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def verify(comm: Communicator, config: Config, text_paths: list[str] | None = None) -> int:
+def verify(comm: Communicator, config: Config, plan: Plan, text_paths: list[str] | None = None) -> int:
     """Run `config.steps` training steps both ways and compare everything. 0 if every bit agrees, else 1."""
 
     def prepare() -> Training:
         threads.require_one("verify")
-        config.require_ranks(comm.size)
-        return Training(config, comm, "tsp", load_text(text_paths, config), np)
+        return Training(config, comm, plan, load_text(text_paths, config), np)
 
     run = agreed(comm, prepare)
     # Rank 0 holds a whole second model to compare with; the run itself stays sharded.
-    reference = Training(config, VirtualWorld(1).communicators[0], "single", run.text, np) if comm.rank == 0 else None
+    alone = VirtualWorld(1).communicators[0]
+    reference = Training(config, alone, Plan("single"), run.text, np) if comm.rank == 0 else None
     console, judge = console_for(comm.rank), Judge()
     for step in range(config.steps):
         console.print(f"step {step + 1}/{config.steps}", highlight=False)
@@ -131,14 +132,14 @@ def compare_parameters(
 ) -> None:
     """Every matrix of every block."""
     wanted_tensors = dict(wanted.tensors()) if wanted else {}
-    for name, block, array in stream_blocks(run.comm, run.model, found):
+    for name, block, holder, array in stream_blocks(run.comm, run.model, found, copies=True):
         if wanted is None:
             continue
         pairs = zip(named_views(run.config, name, array).items(),
                     named_views(run.config, name, wanted_tensors[name][block]).values())
         for (matrix, one), other in pairs:
             full = name if matrix == "table" else f"{name}.{matrix}"
-            judge.compare(prefix + full, f"{step}, block {block}", one, other)
+            judge.compare(prefix + full, f"{step}, block {block}, rank {holder}", one, other)
 
 
 def compare_activations(judge: Judge, run: Training, found: Saved, wanted: Saved | None, step: str) -> None:
@@ -162,12 +163,14 @@ def compare_tiles(
     judge: Judge, name: str, run: Training, keys: Sequence[Key], found: dict[Key, Array], wanted: dict[Key, Array],
     step: str
 ) -> None:
-    """An array for each slot, or for each (block, slot), streamed to rank 0 by the slot's owner."""
-    for key in keys:
-        slot = key[1] if isinstance(key, tuple) else key
-        owner = owner_of(run.model.grid.slots_of, run.comm.size, slot)
+    """An array for each slot, or for each (block, slot), streamed to rank 0 by every rank that holds it.
+
+    What nobody holds, because it is to be computed anew, has no verdict.
+    """
+    for key, ranks in zip(keys, holders(run.comm, keys, found.__contains__)):
         shape = wanted[key].shape if wanted else ()
-        array = stream(run.comm, run.model, owner, shape, partial(found.__getitem__, key))
-        if array is not None and wanted:
-            where = f"block {key[0]}, slot {key[1]}" if isinstance(key, tuple) else f"slot {key}"
-            judge.compare(name, f"{step}, {where}", array, wanted[key])
+        for holder in ranks:
+            array = stream(run.comm, run.model, holder, shape, partial(found.__getitem__, key))
+            if array is not None and wanted:
+                where = f"block {key[0]}, slot {key[1]}" if isinstance(key, tuple) else f"slot {key}"
+                judge.compare(name, f"{step}, {where}, rank {holder}", array, wanted[key])

@@ -23,10 +23,12 @@ from ..ops.embedding import embed_backward, embed_forward
 from ..ops.loss import logits_backward, logits_forward, merge_triples, token_losses
 from ..ops.mlp import swiglu_backward, swiglu_forward
 from ..parameters import Parameters, attention_views, mlp_views
-from ..tilewise import add_residual, normalise, normalise_backward, squares, totals
+from ..phase import phase
+from ..tilewise import add_residual, forget, normalise, normalise_backward, squares, totals
 from ..tree import Tree
 
 
+@phase("embedding", "forward")
 def embedding_forward(model: Model, tokens: Tiles, weights: Parameters) -> Tiles:
     """tokens: slot -> [B, s]. Returns slot -> [B, s, h]."""
     config, grid, xp = model.config, model.grid, model.xp
@@ -37,18 +39,20 @@ def embedding_forward(model: Model, tokens: Tiles, weights: Parameters) -> Tiles
     return {slot: model.memory.track("activations", output[slot].total) for slot in grid.slots}
 
 
+@phase("embedding", "backward")
 def embedding_backward(model: Model, dx: Tiles, tokens: Tiles, weights: Parameters, gradients: Parameters) -> None:
     """Writes the embedding's gradient; where the head is tied to it, adds to what the head has written."""
     config, grid, xp = model.config, model.grid, model.xp
     for block, out in zip(grid.blocks, gradients.embedding):
         dtable = Tree[Array](range(config.tiles))
         for slot in grid.slots:
-            leaf = model.empty("buffers", *weights.embedding.shape[1:])
+            leaf = model.empty("working", *weights.embedding.shape[1:])
             embed_backward(xp, dx[slot], tokens[slot], block * len(leaf), out=leaf)
             dtable.add(slot, leaf)
         out[...] = out + dtable.total if config.tied_head else dtable.total
 
 
+@phase("attention", "forward")
 def attention_forward(model: Model, x: Tiles, weights: Parameters, layer: int) -> tuple[Tiles, AttentionSaved]:
     """x plus the attention of the normalised x: slot -> [B, s, h].
 
@@ -75,9 +79,10 @@ def attention_forward(model: Model, x: Tiles, weights: Parameters, layer: int) -
             output[slot].add(block, out_forward(xp, heads, wo, config.tile_len))
             saved.heads[block, slot] = track("activations", heads)
             saved.logsumexp[block, slot] = track("activations", logsumexp)
-    return add_residual(model, x, output), saved
+    return add_residual(model, x, totals(output)), saved
 
 
+@phase("attention", "backward")
 def attention_backward(
     model: Model, dy: Tiles, saved: AttentionSaved, weights: Parameters, layer: int, gradients: Parameters, dgain: Tiles
 ) -> Tiles:
@@ -101,7 +106,7 @@ def attention_backward(
                     tree.add(slot, dkeys[:, :, :, grid.tokens(seen)])
         dweights = Tree[Array](range(config.tiles))
         for slot in grid.slots:
-            leaf = model.empty("buffers", packed.size)
+            leaf = model.empty("working", packed.size)
             dwqkv, dwo = attention_views(config, leaf)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
             dk, dv = dkv[slot].total  # -> [B, K/G, s, e], [B, K/G, s, e]
             dnormed[slot].add(block, qkv_backward(
@@ -113,6 +118,7 @@ def attention_backward(
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
 
 
+@phase("mlp", "forward")
 def mlp_forward(model: Model, x: Tiles, weights: Parameters, layer: int) -> tuple[Tiles, MlpSaved]:
     """x plus the gated feed-forward part of the normalised x: slot -> [B, s, h]."""
     config, grid, xp = model.config, model.grid, model.xp
@@ -125,9 +131,10 @@ def mlp_forward(model: Model, x: Tiles, weights: Parameters, layer: int) -> tupl
             y, projected = swiglu_forward(xp, normed[slot], gate_up, down)  # -> [B, s, h], [B*s, 2*f/G]
             output[slot].add(block, y)
             saved.projected[block, slot] = model.memory.track("activations", projected)
-    return add_residual(model, x, output), saved
+    return add_residual(model, x, totals(output)), saved
 
 
+@phase("mlp", "backward")
 def mlp_backward(
     model: Model, dy: Tiles, saved: MlpSaved, weights: Parameters, layer: int, gradients: Parameters, dgain: Tiles
 ) -> Tiles:
@@ -140,7 +147,7 @@ def mlp_backward(
         gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
         dweights = Tree[Array](range(config.tiles))
         for slot in grid.slots:
-            leaf = model.empty("buffers", packed.size)
+            leaf = model.empty("working", packed.size)
             projected = saved.projected[block, slot]
             dnormed[slot].add(block, swiglu_backward(
                 xp, dy[slot], normed[slot], gate_up, down, projected, out=mlp_views(config, leaf)))
@@ -150,6 +157,7 @@ def mlp_backward(
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
 
 
+@phase("head", "forward")
 def head_forward(model: Model, x: Tiles, targets: Tiles, weights: Parameters) -> tuple[float, HeadSaved]:
     """The mean cross-entropy over all tokens, in nats. The logits exist for one block of the vocabulary at a time."""
     config, grid, xp = model.config, model.grid, model.xp
@@ -159,14 +167,15 @@ def head_forward(model: Model, x: Tiles, targets: Tiles, weights: Parameters) ->
         for slot in grid.slots:
             triples[slot].add(block, logits_forward(xp, normed[slot], table, targets[slot], block * len(table)))
     saved = HeadSaved(x)
-    loss = Tree[Array](range(config.tiles))
+    sums: Tiles = {}
     for slot in grid.slots:
         losses, logsumexp = token_losses(xp, triples[slot].total)  # -> [B*s], [B*s]
         saved.logsumexp[slot] = model.memory.track("activations", logsumexp)
-        loss.add(slot, xp.sum(losses, keepdims=True))
-    return float(loss.total[0]) / (config.batch_size * config.seq_len), saved
+        sums[slot] = xp.sum(losses, keepdims=True)  # [B*s] -> [1]
+    return mean_loss(model, sums), saved
 
 
+@phase("head", "backward")
 def head_backward(
     model: Model, saved: HeadSaved, targets: Tiles, weights: Parameters, gradients: Parameters, dgain: Tiles
 ) -> Tiles:
@@ -178,7 +187,7 @@ def head_backward(
     for block, table, out in zip(grid.blocks, weights.head_table, gradients.head_table):
         dtable = Tree[Array](range(config.tiles))
         for slot in grid.slots:
-            leaf = model.empty("buffers", *table.shape)
+            leaf = model.empty("working", *table.shape)
             dnormed[slot].add(block, logits_backward(
                 xp, scale, normed[slot], table, targets[slot], block * len(table), saved.logsumexp[slot], out=leaf))
             dtable.add(slot, leaf)
@@ -186,6 +195,16 @@ def head_backward(
     return normalise_backward(model, totals(dnormed), saved.x, weights.gains[-1], dgain, -1)
 
 
+@phase("loss", "forward")
+def mean_loss(model: Model, sums: Tiles) -> float:
+    """The mean over all tokens of slot -> [1], the sum of a tile's losses."""
+    tree = Tree[Array](range(model.config.tiles))
+    for slot in model.grid.slots:
+        tree.add(slot, sums[slot])
+    return float(tree.total[0]) / (model.config.batch_size * model.config.seq_len)
+
+
+@phase("gains", "backward")
 def gains_backward(model: Model, dgain: Tiles, gradients: Parameters) -> None:
     """Writes the gradient of all gains: the sum over tiles of slot -> [2L+1, h]."""
     tree = Tree[Array](range(model.config.tiles))
@@ -196,29 +215,38 @@ def gains_backward(model: Model, dgain: Tiles, gradients: Parameters) -> None:
 
 def model_forward(model: Model, weights: Parameters, tokens: Tiles, targets: Tiles) -> tuple[float, Saved]:
     """The loss of a batch, and what the backward needs. tokens and targets: slot -> [B, s] of whole numbers."""
-    attention, mlp = [], []
+    saved = Saved(tokens, targets)
     x = embedding_forward(model, tokens, weights)
     for layer in range(model.config.num_layers):
-        x, attention_saved = attention_forward(model, x, weights, layer)
-        x, mlp_saved = mlp_forward(model, x, weights, layer)
-        attention.append(attention_saved)
-        mlp.append(mlp_saved)
-    loss, head_saved = head_forward(model, x, targets, weights)
-    return loss, Saved(tokens, targets, attention, mlp, head_saved)
+        x, attention = attention_forward(model, x, weights, layer)
+        x, mlp = mlp_forward(model, x, weights, layer)
+        saved.attention.append(attention)
+        saved.mlp.append(mlp)
+        forget(model, saved)
+    loss, saved.head = head_forward(model, x, targets, weights)
+    return loss, saved
 
 
+@phase("model", "backward")
 def model_backward(model: Model, saved: Saved, weights: Parameters, gradients: Parameters) -> None:
     """Writes the gradient of the loss into `gradients`; uses up what was saved, layer by layer."""
     config = model.config
-    dgain = {slot: model.empty("buffers", *weights.gains.shape) for slot in model.grid.slots}
+    dgain = {slot: model.empty("working", *weights.gains.shape) for slot in model.grid.slots}
     dx = head_backward(model, saved.head, saved.targets, weights, gradients, dgain)
     for layer in reversed(range(config.num_layers)):
+        if model.recompute == "full":
+            x, saved.attention[-1] = attention_forward(model, saved.attention[-1].x, weights, layer)
+            saved.mlp[-1] = mlp_forward(model, x, weights, layer)[1]
+            del x  # which the MLP's backward is the last to need
         dx = mlp_backward(model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
+        if model.recompute == "attention":
+            saved.attention[-1] = attention_forward(model, saved.attention[-1].x, weights, layer)[1]
         dx = attention_backward(model, dx, saved.attention.pop(), weights, layer, gradients, dgain)
     embedding_backward(model, dx, saved.tokens, weights, gradients)
     gains_backward(model, dgain, gradients)
 
 
+@phase("optimizer", "backward")
 def gradient_norm(model: Model, gradients: Parameters) -> float:
     """The Euclidean norm of all gradients: squares summed over blocks by the tree, then over the tensors."""
     xp = model.xp

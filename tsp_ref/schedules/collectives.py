@@ -1,5 +1,7 @@
 """The collectives that schedules share, each written out in messages: all-gather, reduce-scatter, reduce, all-reduce.
 
+Each works along one axis: the ranks of the communicator that it is given, of which the grid says what they hold.
+
 Sums travel as pieces of trees. A rank that holds some of a tree's leaves sends the few maximal subtrees that these
 fill. Their receiver knows from the leaves alone which nodes will come, and merges them in order of arrival: the tree
 makes that order immaterial. Where a rank's slots fill one subtree, as when N and T are powers of two, the volume is
@@ -8,11 +10,12 @@ that of a ring reduce-scatter; else a few pieces are sent where one would do (so
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..arrays import Array
+from ..arrays import Array, Tiles
 from ..comm.communicator import Communicator, Request
+from ..grid import share
 from ..model import Model
 from ..tree import Node, Tree, cover
 from .tags import Tag
@@ -32,7 +35,7 @@ def all_gather_keys_values(comm: Communicator, model: Model, own: Array, tag: Ta
     requests = [comm.Irecv(coming[peer], peer, tag) for peer in comm.others]
     requests += [comm.Isend(own, peer, tag) for peer in comm.others]
     comm.Waitall(requests)
-    for peer, tiles in ({grid.rank: own} | coming).items():
+    for peer, tiles in ({comm.rank: own} | coming).items():
         for position, slot in enumerate(grid.slots_of(peer)):
             whole[:, :, :, :, grid.tokens(slot)] = tiles[:, position]
     return whole
@@ -125,10 +128,10 @@ class ReduceToOwner:
         if peer == self.comm.rank:
             return
         grid = self.model.grid
-        nodes = cover(tuple(range(grid.num_tiles)), tuple(grid.slots_of(peer)))
-        shape = self.trees[0].pieces()[0][1].shape
+        nodes = cover(tuple(range(grid.num_tiles)), grid.slots_of(peer))
         expected = []
         for tree in self.trees:
+            shape = tree.pieces()[0][1].shape
             for node in nodes:
                 piece = self.model.empty("buffers", *shape)
                 expected.append(Arrival(self.comm.Irecv(piece, peer, self.tag), tree, node))
@@ -144,13 +147,67 @@ class ReduceToOwner:
         return [tree.total for tree in self.trees]
 
 
-def all_reduce(comm: Communicator, owned: Callable[[int], range], partials: dict[int, Array], tag: Tag) -> Array:
+def all_gather_gradients(comm: Communicator, gradients: Array, totals: list[Array], tag: Tag) -> None:
+    """All-gather, which makes an all-reduce of a reduce: every rank sends the gradients that it has summed to all.
+
+    gradients [m, ...] is written: each block by its total, which for those of other ranks is received in its place.
+    totals: of this rank's share of the m blocks.
+    """
+    count = len(gradients)
+    requests = [comm.Irecv(gradients[position], peer, tag)
+                for peer in comm.others for position in share(count, peer, comm.size)]
+    requests += [comm.Isend(total, peer, tag) for peer in comm.others for total in totals]
+    for position, total in zip(share(count, comm.rank, comm.size), totals):
+        gradients[position] = total
+    comm.Waitall(requests)
+
+
+def all_reduce_tiles(comm: Communicator, model: Model, partials: dict[int, Tree[Array]], tag: Tag) -> Tiles:
+    """All-reduce of what every rank has computed with its own blocks: an exchange to the rank that sums, and a gather.
+
+    partials: slot -> a tree over all blocks, with the leaves of this rank's. The slots are dealt to the ranks, and each
+    sums its own, one after the other: the others' pieces come to it, and the total goes to all. So no rank receives
+    more than one tile at a time from another; totals are received in the place of the pieces that were sent for them.
+    """
+    grid = model.grid
+    slots = sorted(partials)
+    summed_by = [[slots[index] for index in share(len(slots), rank, comm.size)] for rank in range(comm.size)]
+    output: Tiles = {}
+    for turn in range(max(map(len, summed_by))):
+        sums = {rank: theirs[turn] for rank, theirs in enumerate(summed_by) if turn < len(theirs)}
+        mine = sums.pop(comm.rank, None)
+        arrivals = [] if mine is None else [
+            Arrival(comm.Irecv(model.empty("buffers", *_shape(partials[mine])), peer, tag), partials[mine], node)
+            for peer in comm.others
+            for node in cover(partials[mine].leaves, tuple(grid.blocks_of(peer)))
+        ]
+        sends = [comm.Isend(piece, rank, tag) for rank, slot in sums.items() for _, piece in partials[slot].pieces()]
+        while arrivals:
+            merge_one(comm, arrivals)
+        comm.Waitall(sends)
+        output |= {slot: partials[slot].pieces()[0][1] for slot in sums.values()}
+        requests = [comm.Irecv(output[slot], rank, tag) for rank, slot in sums.items()]
+        if mine is not None:
+            output[mine] = partials[mine].total
+            requests += [comm.Isend(output[mine], peer, tag) for peer in comm.others]
+        comm.Waitall(requests)
+    return {slot: output[slot] for slot in slots}
+
+
+def _shape(tree: Tree[Array]) -> tuple[int, ...]:
+    """The shape of what is summed."""
+    return tuple(tree.pieces()[0][1].shape)
+
+
+def all_reduce(
+    comm: Communicator, owned: Callable[[int], Sequence[int]], partials: dict[int, Array], tag: Tag
+) -> Array:
     """All-reduce of a small sum that every rank needs (loss, gains, norm): all ranks send all ranks their pieces.
 
     owned     rank -> the leaves that it holds, for all ranks together 0..n-1
     partials  this rank's leaves, of one shape; they are used up
     """
-    leaves = tuple(leaf for rank in range(comm.size) for leaf in owned(rank))
+    leaves = tuple(sorted(leaf for rank in range(comm.size) for leaf in owned(rank)))
     tree = Tree[Array](leaves)
     for leaf, partial in partials.items():
         tree.add(leaf, partial)

@@ -25,6 +25,7 @@ from functools import partial
 from ..activations import AttentionSaved, HeadSaved, MlpSaved, Saved
 from ..arrays import Array, Tiles
 from ..comm.communicator import Communicator, Request
+from ..grid import Place, folded
 from ..model import Model
 from ..ops.attention import (
     attend_backward,
@@ -39,15 +40,21 @@ from ..ops.embedding import embed_backward, embed_forward
 from ..ops.loss import logits_backward, logits_forward, merge_triples, token_losses
 from ..ops.mlp import swiglu_backward, swiglu_forward
 from ..parameters import Parameters, attention_views, mlp_views
-from ..tilewise import add_residual, normalise, normalise_backward, squares, totals
+from ..phase import phase
+from ..tilewise import add_residual, forget, normalise, normalise_backward, squares, totals
 from ..tree import Tree
 from .collectives import ReduceToOwner, all_gather_keys_values, all_reduce, reduce_scatter_keys_values
 from .tags import Tag
 
 
-def largest_shard(model: Model, shard: Array) -> Array:
+def place(comm: Communicator) -> tuple[Place, Place]:
+    """Where this rank stands on the axis of weights and on that of tokens: both are folded on the same ranks."""
+    return folded(comm.rank, comm.size)
+
+
+def largest_shard(comm: Communicator, model: Model, shard: Array) -> Array:
     """A buffer for any rank's blocks [m, ...] of the tensor that `shard` is this rank's part of."""
-    most = max(len(model.grid.blocks_of(rank)) for rank in range(model.grid.size))
+    most = max(len(model.grid.blocks_of(rank)) for rank in range(comm.size))
     return model.empty("buffers", most, *shard.shape[1:])
 
 
@@ -55,15 +62,15 @@ def ring(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iterator[t
     """Pass every rank's blocks round: yields (owner, its blocks [m, ...]), this rank's own first, then its left
     neighbour's and so on. The next messages are posted before the caller works on the blocks it was given."""
     grid = model.grid
-    left, right = (grid.rank - 1) % grid.size, (grid.rank + 1) % grid.size
-    spare = [largest_shard(model, shard) for _ in range(min(2, grid.size - 1))]
+    left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+    spare = [largest_shard(comm, model, shard) for _ in range(min(2, comm.size - 1))]
     held = shard
-    for step in range(grid.size):
-        owner = (grid.rank - step) % grid.size
-        if step + 1 == grid.size:
+    for step in range(comm.size):
+        owner = (comm.rank - step) % comm.size
+        if step + 1 == comm.size:
             yield owner, held
             return
-        coming = spare[step % 2][: len(grid.blocks_of((owner - 1) % grid.size))]
+        coming = spare[step % 2][: len(grid.blocks_of((owner - 1) % comm.size))]
         requests = [comm.Irecv(coming, left, tag), comm.Isend(held, right, tag)]
         yield owner, held
         # Both: `coming` must be here before it is read, and `held` gone before its place is received into.
@@ -75,23 +82,24 @@ def broadcasts(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iter
     """Every owner in turn sends its blocks to all: yields (owner, its blocks [m, ...]), in one order on every rank. The
     next owner's message is posted before the caller works on the blocks it was given."""
     grid = model.grid
-    spare = [largest_shard(model, shard) for _ in range(min(2, grid.size - 1))]
+    spare = [largest_shard(comm, model, shard) for _ in range(min(2, comm.size - 1))]
 
     def start(owner: int) -> tuple[Array, list[Request]]:
-        if owner == grid.rank:
+        if owner == comm.rank:
             return shard, [comm.Isend(shard, peer, tag) for peer in comm.others]
         coming = spare[owner % len(spare)][: len(grid.blocks_of(owner))]
         return coming, [comm.Irecv(coming, owner, tag)]
 
     coming, requests = start(0)
-    for owner in range(grid.size):
+    for owner in range(comm.size):
         comm.Waitall(requests)
         held = coming
-        if owner + 1 < grid.size:
+        if owner + 1 < comm.size:
             coming, requests = start(owner + 1)
         yield owner, held
 
 
+@phase("embedding", "forward")
 def embedding_forward(comm: Communicator, model: Model, tokens: Tiles, weights: Parameters) -> Tiles:
     """tokens: slot -> [B, s], of this rank's slots. Returns slot -> [B, s, h]."""
     config, grid, xp = model.config, model.grid, model.xp
@@ -103,6 +111,7 @@ def embedding_forward(comm: Communicator, model: Model, tokens: Tiles, weights: 
     return {slot: model.memory.track("activations", output[slot].total) for slot in grid.slots}
 
 
+@phase("embedding", "backward")
 def embedding_backward(
     comm: Communicator, model: Model, dx: Tiles, tokens: Tiles, weights: Parameters, gradients: Parameters
 ) -> None:
@@ -112,22 +121,23 @@ def embedding_backward(
     """
     config, grid, xp = model.config, model.grid, model.xp
     home = ReduceToOwner(comm, model, Tag.EMBEDDING_GRADIENTS)
-    for step in range(grid.size):
-        owner = (grid.rank - step) % grid.size
+    for step in range(comm.size):
+        owner = (comm.rank - step) % comm.size
         partials = []
         for block in grid.blocks_of(owner):
             dtable = Tree[Array](range(config.tiles))
             for slot in grid.slots:
-                leaf = model.empty("buffers", *weights.embedding.shape[1:])
+                leaf = model.empty("working", *weights.embedding.shape[1:])
                 embed_backward(xp, dx[slot], tokens[slot], block * len(leaf), out=leaf)
                 dtable.add(slot, leaf)
             partials.append(dtable)
         home.send(partials, owner)
-        home.receive((grid.rank + step) % grid.size)
+        home.receive((comm.rank + step) % comm.size)
     for out, total in zip(gradients.embedding, home.finish()):
         out[...] = out + total if config.tied_head else total
 
 
+@phase("attention", "forward")
 def attention_forward(
     comm: Communicator, model: Model, x: Tiles, weights: Parameters, layer: int
 ) -> tuple[Tiles, AttentionSaved]:
@@ -162,9 +172,10 @@ def attention_forward(
                 saved.heads[block, slot] = track("activations", heads)
                 saved.logsumexp[block, slot] = track("activations", logsumexp)
         del keys_values, k, v  # before the next owner's are gathered
-    return add_residual(model, x, output), saved
+    return add_residual(model, x, totals(output)), saved
 
 
+@phase("attention", "backward")
 def attention_backward(
     comm: Communicator, model: Model, dy: Tiles, saved: AttentionSaved, weights: Parameters, layer: int,
     gradients: Parameters, dgain: Tiles
@@ -179,9 +190,9 @@ def attention_backward(
     normed = normalise(model, saved.x, gain)
     dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
     home = ReduceToOwner(comm, model, Tag.ATTENTION_GRADIENTS)
-    for owner, shard in broadcasts(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS_BACKWARD):
+    for owner, shard in broadcasts(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS):
         blocks = grid.blocks_of(owner)
-        keys_values = all_gather_keys_values(comm, model, saved.keys_values[owner], Tag.KEYS_VALUES_BACKWARD)
+        keys_values = all_gather_keys_values(comm, model, saved.keys_values[owner], Tag.KEYS_VALUES)
         dq: dict[tuple[int, int], Array] = {}
         dkv = {(block, slot): Tree[Array](grid.readers(slot)) for block in blocks for slot in range(config.tiles)}
         for position, block in enumerate(blocks):
@@ -202,7 +213,7 @@ def attention_backward(
             wqkv, _ = attention_views(config, shard[position])
             dweights = Tree[Array](range(config.tiles))
             for slot in grid.slots:
-                leaf = model.empty("buffers", shard[position].size)
+                leaf = model.empty("working", shard[position].size)
                 dwqkv, dwo = attention_views(config, leaf)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
                 dk, dv = dkv[block, slot].total  # -> [B, K/G, s, e], [B, K/G, s, e]
                 dnormed[slot].add(block, qkv_backward(
@@ -211,7 +222,7 @@ def attention_backward(
                 dweights.add(slot, leaf)
             partials.append(dweights)
         home.send(partials, owner)
-        if owner == grid.rank:
+        if owner == comm.rank:
             for peer in comm.others:
                 home.receive(peer)
     for out, total in zip(gradients.attention[layer], home.finish()):
@@ -220,6 +231,7 @@ def attention_backward(
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
 
 
+@phase("mlp", "forward")
 def mlp_forward(
     comm: Communicator, model: Model, x: Tiles, weights: Parameters, layer: int
 ) -> tuple[Tiles, MlpSaved]:
@@ -235,9 +247,10 @@ def mlp_forward(
                 y, projected = swiglu_forward(xp, normed[slot], gate_up, down)  # -> [B, s, h], [B*s, 2*f/G]
                 output[slot].add(block, y)
                 saved.projected[block, slot] = model.memory.track("activations", projected)
-    return add_residual(model, x, output), saved
+    return add_residual(model, x, totals(output)), saved
 
 
+@phase("mlp", "backward")
 def mlp_backward(
     comm: Communicator, model: Model, dy: Tiles, saved: MlpSaved, weights: Parameters, layer: int,
     gradients: Parameters, dgain: Tiles
@@ -248,26 +261,27 @@ def mlp_backward(
     normed = normalise(model, saved.x, gain)
     dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
     home = ReduceToOwner(comm, model, Tag.MLP_GRADIENTS)
-    for step, (owner, shard) in enumerate(ring(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS_BACKWARD)):
+    for step, (owner, shard) in enumerate(ring(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS)):
         partials = []
         for block, packed in zip(grid.blocks_of(owner), shard):
             gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
             dweights = Tree[Array](range(config.tiles))
             for slot in grid.slots:
-                leaf = model.empty("buffers", packed.size)
+                leaf = model.empty("working", packed.size)
                 projected = saved.projected[block, slot]
                 dnormed[slot].add(block, swiglu_backward(
                     xp, dy[slot], normed[slot], gate_up, down, projected, out=mlp_views(config, leaf)))
                 dweights.add(slot, leaf)
             partials.append(dweights)
         home.send(partials, owner)
-        home.receive((grid.rank + step) % grid.size)
+        home.receive((comm.rank + step) % comm.size)
     for out, total in zip(gradients.mlp[layer], home.finish()):
         out[...] = total
     dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer + 1)
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
 
 
+@phase("head", "forward")
 def head_forward(
     comm: Communicator, model: Model, x: Tiles, targets: Tiles, weights: Parameters
 ) -> tuple[float, HeadSaved]:
@@ -284,11 +298,11 @@ def head_forward(
     for slot in grid.slots:
         losses, logsumexp = token_losses(xp, triples[slot].total)  # -> [B*s], [B*s]
         saved.logsumexp[slot] = model.memory.track("activations", logsumexp)
-        sums[slot] = xp.sum(losses, keepdims=True)
-    loss = all_reduce(comm, grid.slots_of, sums, Tag.LOSS)
-    return float(loss[0]) / (config.batch_size * config.seq_len), saved
+        sums[slot] = xp.sum(losses, keepdims=True)  # [B*s] -> [1]
+    return mean_loss(comm, model, sums), saved
 
 
+@phase("head", "backward")
 def head_backward(
     comm: Communicator, model: Model, saved: HeadSaved, targets: Tiles, weights: Parameters, gradients: Parameters,
     dgain: Tiles
@@ -299,23 +313,31 @@ def head_backward(
     normed = normalise(model, saved.x, weights.gains[-1])
     dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
     home = ReduceToOwner(comm, model, Tag.HEAD_GRADIENTS)
-    for step, (owner, tables) in enumerate(ring(comm, model, weights.head_table, Tag.HEAD_WEIGHTS_BACKWARD)):
+    for step, (owner, tables) in enumerate(ring(comm, model, weights.head_table, Tag.HEAD_WEIGHTS)):
         partials = []
         for block, table in zip(grid.blocks_of(owner), tables):
             dtable = Tree[Array](range(config.tiles))
             for slot in grid.slots:
-                leaf = model.empty("buffers", *table.shape)
+                leaf = model.empty("working", *table.shape)
                 dnormed[slot].add(block, logits_backward(
                     xp, scale, normed[slot], table, targets[slot], block * len(table), saved.logsumexp[slot], out=leaf))
                 dtable.add(slot, leaf)
             partials.append(dtable)
         home.send(partials, owner)
-        home.receive((grid.rank + step) % grid.size)
+        home.receive((comm.rank + step) % comm.size)
     for out, total in zip(gradients.head_table, home.finish()):
         out[...] = total
     return normalise_backward(model, totals(dnormed), saved.x, weights.gains[-1], dgain, -1)
 
 
+@phase("loss", "forward")
+def mean_loss(comm: Communicator, model: Model, sums: Tiles) -> float:
+    """The mean over all tokens, on every rank, of slot -> [1], the sum of a tile's losses."""
+    total = all_reduce(comm, model.grid.slots_of, sums, Tag.LOSS)
+    return float(total[0]) / (model.config.batch_size * model.config.seq_len)
+
+
+@phase("gains", "backward")
 def gains_backward(comm: Communicator, model: Model, dgain: Tiles, gradients: Parameters) -> None:
     """Writes the gradient of all gains, which every rank holds: the sum over tiles of slot -> [2L+1, h]."""
     gradients.gains[...] = all_reduce(comm, model.grid.slots_of, dgain, Tag.GAIN_GRADIENTS)
@@ -325,29 +347,38 @@ def model_forward(
     comm: Communicator, model: Model, weights: Parameters, tokens: Tiles, targets: Tiles
 ) -> tuple[float, Saved]:
     """The loss of a batch, and what the backward needs. tokens and targets: slot -> [B, s], of this rank's slots."""
-    attention, mlp = [], []
+    saved = Saved(tokens, targets)
     x = embedding_forward(comm, model, tokens, weights)
     for layer in range(model.config.num_layers):
-        x, attention_saved = attention_forward(comm, model, x, weights, layer)
-        x, mlp_saved = mlp_forward(comm, model, x, weights, layer)
-        attention.append(attention_saved)
-        mlp.append(mlp_saved)
-    loss, head_saved = head_forward(comm, model, x, targets, weights)
-    return loss, Saved(tokens, targets, attention, mlp, head_saved)
+        x, attention = attention_forward(comm, model, x, weights, layer)
+        x, mlp = mlp_forward(comm, model, x, weights, layer)
+        saved.attention.append(attention)
+        saved.mlp.append(mlp)
+        forget(model, saved)
+    loss, saved.head = head_forward(comm, model, x, targets, weights)
+    return loss, saved
 
 
+@phase("model", "backward")
 def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Parameters, gradients: Parameters) -> None:
     """Writes the gradient of the loss, for this rank's blocks, into `gradients`; uses up what was saved."""
     config = model.config
-    dgain = {slot: model.empty("buffers", *weights.gains.shape) for slot in model.grid.slots}
+    dgain = {slot: model.empty("working", *weights.gains.shape) for slot in model.grid.slots}
     dx = head_backward(comm, model, saved.head, saved.targets, weights, gradients, dgain)
     for layer in reversed(range(config.num_layers)):
+        if model.recompute == "full":
+            x, saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)
+            saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer)[1]
+            del x  # which the MLP's backward is the last to need
         dx = mlp_backward(comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
+        if model.recompute == "attention":
+            saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)[1]
         dx = attention_backward(comm, model, dx, saved.attention.pop(), weights, layer, gradients, dgain)
     embedding_backward(comm, model, dx, saved.tokens, weights, gradients)
     gains_backward(comm, model, dgain, gradients)
 
 
+@phase("optimizer", "backward")
 def gradient_norm(comm: Communicator, model: Model, gradients: Parameters) -> float:
     """The Euclidean norm of all gradients, the same bits on every rank: squares summed over blocks by the tree."""
     grid, xp = model.grid, model.xp

@@ -11,10 +11,11 @@ from ..comm.communicator import Communicator
 from ..config import Config
 from ..errors import AgreedError
 from ..model import Model
-from ..parameters import initial_parameters, zero_parameters
+from ..parameters import Parameters, initial_parameters, zero_parameters
+from ..phase import phase
 from .data import TRAINING, VALIDATION, Text, batch
 from .optimizer import AdamW, clip_factor, learning_rate
-from .strategy import choose_strategy
+from .strategy import Plan, choose_strategy
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,13 @@ class StepReport:
 class Training:
     """The state of a run on one rank: weights, gradients, optimizer, all losses so far."""
 
-    def __init__(self, config: Config, comm: Communicator, schedule: str, text: Text, xp: Namespace) -> None:
+    def __init__(self, config: Config, comm: Communicator, plan: Plan, text: Text, xp: Namespace) -> None:
         self.config = config
         self.comm = comm
+        self.plan = plan
         self.text = text
-        self.model = Model(config, xp, comm.rank, comm.size)
-        self.strategy = choose_strategy(schedule, comm, self.model)
+        self.strategy = choose_strategy(plan, comm, config, xp)
+        self.model = self.strategy.model
         self.weights = initial_parameters(self.model)
         self.gradients = zero_parameters(self.model, "gradients")
         self.optimizer = AdamW(self.model)
@@ -53,7 +55,7 @@ class Training:
     def update(self) -> float:
         """Clip, and let the optimizer take its step; the gradients' norm before clipping."""
         norm = self.strategy.gradient_norm(self.gradients)
-        self.optimizer.update(self.weights, self.gradients, self.steps_done, clip_factor(self.config, norm))
+        take_step(self.model, self.optimizer, self.weights, self.gradients, self.steps_done, norm)
         self.steps_done += 1
         return norm
 
@@ -76,3 +78,11 @@ class Training:
             total += self.strategy.forward(self.weights, tokens, targets)[0]
         self.validation_losses.append(total / self.config.validation_batches)
         return self.validation_losses[-1]
+
+
+@phase("optimizer", "backward")
+def take_step(
+    model: Model, optimizer: AdamW, weights: Parameters, gradients: Parameters, step: int, norm: float
+) -> None:
+    """Let the optimizer change the weights, with the gradients clipped to their norm."""
+    optimizer.update(weights, gradients, step, clip_factor(model.config, norm))

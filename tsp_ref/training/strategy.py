@@ -1,47 +1,96 @@
-"""Which computation a run is: the single process, or a schedule with its communicator, behind one set of calls."""
+"""Which computation a run is: the single process, or a schedule with its ranks, behind one set of calls."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
+from typing import Any
 
 from ..activations import Saved
-from ..arrays import Tiles
+from ..arrays import Namespace, Tiles
 from ..comm.communicator import Communicator
+from ..comm.mesh import make_mesh
+from ..config import Config
 from ..errors import UserError
 from ..model import Model
 from ..parameters import Parameters
 from ..reference import single
-from ..schedules import tsp
+from ..schedules import sp, tp, tp_sp, tsp
 
-SCHEDULES = ("single", "tsp")
+ON_ONE_AXIS: dict[str, ModuleType] = {"tp": tp, "sp": sp, "tsp": tsp}
+SCHEDULES = ("single", "tp", "sp", "tp+sp", "tsp")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is dealt out, and what of it is kept: nothing that changes a bit of the result.
+
+    schedule   one of SCHEDULES
+    mesh       "TxΣ", ranks for weights by ranks for tokens, of tp+sp; None: as square as N allows
+    layout     zigzag or contiguous: which tiles a rank holds
+    recompute  none, attention or full: what the backward computes anew
+    counted    count every array and every matrix product: for measuring, slower
+    """
+
+    schedule: str = "tsp"
+    mesh: str | None = None
+    layout: str = "zigzag"
+    recompute: str = "none"
+    counted: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.schedule} {self.mesh}" if self.mesh else self.schedule
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """The three calls of a training step, with model and communicator filled in."""
+    """The model as this rank holds it, and the three calls of a training step, with model and ranks filled in."""
 
+    model: Model
     forward: Callable[[Parameters, Tiles, Tiles], tuple[float, Saved]]
     backward: Callable[[Saved, Parameters, Parameters], None]
     gradient_norm: Callable[[Parameters], float]
 
 
-def choose_strategy(name: str, comm: Communicator, model: Model) -> Strategy:
-    """The strategy called `name`, on these ranks."""
-    if name == "single":
+def choose_strategy(plan: Plan, comm: Communicator, config: Config, xp: Namespace) -> Strategy:
+    """The strategy of a plan on these ranks, or a `UserError` that names what does not fit."""
+    if plan.mesh is not None and plan.schedule != "tp+sp":
+        raise UserError(f"--mesh {plan.mesh} is for --schedule tp+sp: {plan.schedule} has no mesh, leave it out")
+    build = partial(Model, config, xp, layout=plan.layout, recompute=plan.recompute, counted=plan.counted)
+    if plan.schedule == "single":
         if comm.size != 1:
             raise UserError(f"--schedule single is one process, and this job has {comm.size} ranks: run it without "
                             "mpirun, or use --schedule tsp")
-        return Strategy(
-            partial(single.model_forward, model),
-            partial(single.model_backward, model),
-            partial(single.gradient_norm, model),
-        )
-    if name == "tsp":
-        return Strategy(
-            partial(tsp.model_forward, comm, model),
-            partial(tsp.model_backward, comm, model),
-            partial(tsp.gradient_norm, comm, model),
-        )
-    raise UserError(f"--schedule {name} is unknown: use one of {', '.join(SCHEDULES)}")
+        return _strategy(single, build())
+    if plan.schedule == "tp+sp":
+        mesh = make_mesh(comm, *mesh_sides(plan.mesh, comm.size))
+        return _strategy(tp_sp, build(*tp_sp.place(mesh)), mesh)
+    if plan.schedule not in ON_ONE_AXIS:
+        raise UserError(f"--schedule {plan.schedule} is unknown: use one of {', '.join(SCHEDULES)}")
+    schedule = ON_ONE_AXIS[plan.schedule]
+    return _strategy(schedule, build(*schedule.place(comm)), comm)
+
+
+def _strategy(module: ModuleType, model: Model, *ranks: Any) -> Strategy:
+    calls = (partial(getattr(module, name), *ranks, model)
+             for name in ("model_forward", "model_backward", "gradient_norm"))
+    return Strategy(model, *calls)
+
+
+def meshes(size: int) -> list[str]:
+    """Every mesh of so many ranks: 1x8, 2x4, 4x2, 8x1."""
+    return [f"{side}x{size // side}" for side in range(1, size + 1) if size % side == 0]
+
+
+def mesh_sides(mesh: str | None, size: int) -> tuple[int, int]:
+    """The ranks for weights and the ranks for tokens of a mesh; without one, as square as it can be."""
+    possible = meshes(size)
+    if mesh is None:
+        mesh = possible[(len(possible) - 1) // 2]
+    if mesh not in possible:
+        raise UserError(f"--mesh {mesh} is not a mesh of {size} ranks: use one of {', '.join(possible)}, the ranks for "
+                        "weights by the ranks for tokens")
+    first, second = mesh.split("x")
+    return int(first), int(second)

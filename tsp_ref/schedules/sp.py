@@ -1,0 +1,331 @@
+"""SP: sequence parallelism. Every rank holds all of the weights and 1/N of the tokens.
+
+Weights are replicated, tokens are cut: each rank applies every block to its own tokens, and only keys and values cross
+between tokens. They are exchanged block by block, so that no rank ever holds more than one block's heads of the whole
+sequence. Gradients of weights are summed over the ranks: each rank sums some of the blocks (a reduce to it) and sends
+the totals to all (an all-gather), so that all take the same optimizer step. (This is what is also called context
+parallelism; for keys and values an exchange as here, or a ring as in arXiv 2310.01889. The order of every sum is ours.)
+
+Between layers a rank holds its 1/N of the activations, but weights, gradients and optimizer state whole: they are not
+divided by N.
+
+Read beside `reference.single`: the same functions in the same order; what differs is the messages.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from ..activations import AttentionSaved, HeadSaved, MlpSaved, Saved
+from ..arrays import Array, Tiles
+from ..comm.communicator import Communicator
+from ..grid import ALONE, Place, share
+from ..model import Model
+from ..ops.attention import (
+    attend_backward,
+    attend_forward,
+    out_backward,
+    out_backward_weight,
+    out_forward,
+    qkv_backward,
+    qkv_forward,
+)
+from ..ops.embedding import embed_backward, embed_forward
+from ..ops.loss import logits_backward, logits_forward, merge_triples, token_losses
+from ..ops.mlp import swiglu_backward, swiglu_forward
+from ..parameters import Parameters, attention_views, mlp_views
+from ..phase import phase
+from ..tilewise import add_residual, forget, normalise, normalise_backward, squares, totals
+from ..tree import Tree
+from .collectives import (
+    ReduceToOwner,
+    all_gather_gradients,
+    all_gather_keys_values,
+    all_reduce,
+    reduce_scatter_keys_values,
+)
+from .tags import Tag
+
+
+def place(comm: Communicator) -> tuple[Place, Place]:
+    """Where this rank stands on the axis of weights and on that of tokens: there is no axis of weights."""
+    return ALONE, Place(comm.rank, comm.size)
+
+
+@phase("embedding", "forward")
+def embedding_forward(comm: Communicator, model: Model, tokens: Tiles, weights: Parameters) -> Tiles:
+    """tokens: slot -> [B, s]. Returns slot -> [B, s, h]."""
+    config, grid, xp = model.config, model.grid, model.xp
+    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    for block, table in zip(grid.blocks, weights.embedding):
+        for slot in grid.slots:
+            output[slot].add(block, embed_forward(xp, tokens[slot], table, block * len(table)))
+    return {slot: model.memory.track("activations", output[slot].total) for slot in grid.slots}
+
+
+@phase("embedding", "backward")
+def embedding_backward(
+    comm: Communicator, model: Model, dx: Tiles, tokens: Tiles, weights: Parameters, gradients: Parameters
+) -> None:
+    """Writes the embedding's gradient; where the head is tied to it, adds to what the head has written."""
+    config, grid, xp = model.config, model.grid, model.xp
+    home = ReduceToOwner(comm, model, Tag.EMBEDDING_GRADIENTS)
+    for step in range(comm.size):
+        owner = (comm.rank - step) % comm.size
+        partials = []
+        for position in share(len(grid.blocks), owner, comm.size):
+            dtable = Tree[Array](range(config.tiles))
+            for slot in grid.slots:
+                leaf = model.empty("working", *weights.embedding.shape[1:])
+                embed_backward(xp, dx[slot], tokens[slot], grid.blocks[position] * len(leaf), out=leaf)
+                dtable.add(slot, leaf)
+            partials.append(dtable)
+        home.send(partials, owner)
+        home.receive((comm.rank + step) % comm.size)
+    mine = share(len(grid.blocks), comm.rank, comm.size)
+    summed = [gradients.embedding[position] + total if config.tied_head else total
+              for position, total in zip(mine, home.finish())]
+    all_gather_gradients(comm, gradients.embedding, summed, Tag.EMBEDDING_GRADIENTS)
+
+
+@phase("attention", "forward")
+def attention_forward(
+    comm: Communicator, model: Model, x: Tiles, weights: Parameters, layer: int
+) -> tuple[Tiles, AttentionSaved]:
+    """x plus the attention of the normalised x: slot -> [B, s, h].
+
+    Kept keys and values: block -> [1, tiles, 2, B, K/G, s, e], this rank's tokens only.
+    """
+    config, grid, xp, track = model.config, model.grid, model.xp, model.memory.track
+    normed = normalise(model, x, weights.gains[2 * layer])
+    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    saved = AttentionSaved(x)
+    for block, packed in zip(grid.blocks, weights.attention[layer]):
+        wqkv, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+        own = model.empty("activations", 1, len(grid.slots), 2, config.batch_size,
+                          config.kv_heads_per_block, config.tile_len, config.head_dim)
+        saved.keys_values[block] = own
+        for tile, slot in enumerate(grid.slots):
+            q, k, v = qkv_forward(xp, normed[slot], wqkv, model.rotary[slot], config.group_size)
+            saved.q[block, slot] = track("activations", q)
+            own[0, tile, 0] = k
+            own[0, tile, 1] = v
+            saved.tile_keys_values[block, slot] = own[0, tile]
+        keys_values = all_gather_keys_values(comm, model, own, Tag.KEYS_VALUES)[0]  # -> [2, B, K/G, S, e]
+        for slot in grid.slots:
+            k, v = keys_values[:, :, :, : grid.visible(slot)]  # [2, B, K/G, S, e] -> [B, K/G, n, e], [B, K/G, n, e]
+            heads, logsumexp = attend_forward(xp, saved.q[block, slot], k, v, model.mask)
+            output[slot].add(block, out_forward(xp, heads, wo, config.tile_len))
+            saved.heads[block, slot] = track("activations", heads)
+            saved.logsumexp[block, slot] = track("activations", logsumexp)
+        del keys_values, k, v  # before the next block's are gathered
+    return add_residual(model, x, totals(output)), saved
+
+
+@phase("attention", "backward")
+def attention_backward(
+    comm: Communicator, model: Model, dy: Tiles, saved: AttentionSaved, weights: Parameters, layer: int,
+    gradients: Parameters, dgain: Tiles
+) -> Tiles:
+    """dy: slot -> [B, s, h]. Returns dx; writes the layer's attention gradients and the tiles' gain gradients.
+
+    Keys and values travel again; their gradients go home to the tokens' rank before the weights' can be formed.
+    """
+    config, grid, xp = model.config, model.grid, model.xp
+    gain = weights.gains[2 * layer]
+    normed = normalise(model, saved.x, gain)
+    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    home = ReduceToOwner(comm, model, Tag.ATTENTION_GRADIENTS)
+    for owner in range(comm.size):
+        partials = []
+        for position in share(len(grid.blocks), owner, comm.size):
+            block, packed = grid.blocks[position], weights.attention[layer][position]
+            wqkv, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+            keys_values = all_gather_keys_values(comm, model, saved.keys_values[block], Tag.KEYS_VALUES)[0]
+            dq: Tiles = {}
+            dkv = {(block, slot): Tree[Array](grid.readers(slot)) for slot in range(config.tiles)}
+            for slot in grid.slots:
+                k, v = keys_values[:, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
+                heads = saved.heads[block, slot]
+                dheads = out_backward(xp, dy[slot], heads, wo, config.tile_len)  # -> [B, K/G, g*s, e]
+                dq[slot], dkeys = attend_backward(
+                    xp, dheads, saved.q[block, slot], k, v, model.mask, heads, saved.logsumexp[block, slot])
+                for (_, seen), tree in dkv.items():
+                    if slot in tree.leaves:
+                        tree.add(slot, dkeys[:, :, :, grid.tokens(seen)])
+            del keys_values, k, v  # before the gradients travel, and the next block's are gathered
+            reduce_scatter_keys_values(comm, model, dkv, Tag.KEYS_VALUES_GRADIENTS)
+            dweights = Tree[Array](range(config.tiles))
+            for slot in grid.slots:
+                leaf = model.empty("working", packed.size)
+                dwqkv, dwo = attention_views(config, leaf)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+                dk, dv = dkv[block, slot].total  # -> [B, K/G, s, e], [B, K/G, s, e]
+                dnormed[slot].add(block, qkv_backward(
+                    xp, dq[slot], dk, dv, normed[slot], wqkv, model.rotary[slot], out=dwqkv))
+                out_backward_weight(xp, dy[slot], saved.heads[block, slot], out=dwo)
+                dweights.add(slot, leaf)
+            partials.append(dweights)
+        home.send(partials, owner)
+        if owner == comm.rank:
+            for peer in comm.others:
+                home.receive(peer)
+    all_gather_gradients(comm, gradients.attention[layer], home.finish(), Tag.ATTENTION_GRADIENTS)
+    dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer)
+    return {slot: dy[slot] + dx[slot] for slot in grid.slots}
+
+
+@phase("mlp", "forward")
+def mlp_forward(
+    comm: Communicator, model: Model, x: Tiles, weights: Parameters, layer: int
+) -> tuple[Tiles, MlpSaved]:
+    """x plus the gated feed-forward part of the normalised x: slot -> [B, s, h]."""
+    config, grid, xp = model.config, model.grid, model.xp
+    normed = normalise(model, x, weights.gains[2 * layer + 1])
+    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    saved = MlpSaved(x)
+    for block, packed in zip(grid.blocks, weights.mlp[layer]):
+        gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
+        for slot in grid.slots:
+            y, projected = swiglu_forward(xp, normed[slot], gate_up, down)  # -> [B, s, h], [B*s, 2*f/G]
+            output[slot].add(block, y)
+            saved.projected[block, slot] = model.memory.track("activations", projected)
+    return add_residual(model, x, totals(output)), saved
+
+
+@phase("mlp", "backward")
+def mlp_backward(
+    comm: Communicator, model: Model, dy: Tiles, saved: MlpSaved, weights: Parameters, layer: int,
+    gradients: Parameters, dgain: Tiles
+) -> Tiles:
+    """dy: slot -> [B, s, h]. Returns dx; writes the layer's MLP gradients and the tiles' gain gradients."""
+    config, grid, xp = model.config, model.grid, model.xp
+    gain = weights.gains[2 * layer + 1]
+    normed = normalise(model, saved.x, gain)
+    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    home = ReduceToOwner(comm, model, Tag.MLP_GRADIENTS)
+    for step in range(comm.size):
+        owner = (comm.rank - step) % comm.size
+        partials = []
+        for position in share(len(grid.blocks), owner, comm.size):
+            block, packed = grid.blocks[position], weights.mlp[layer][position]
+            gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
+            dweights = Tree[Array](range(config.tiles))
+            for slot in grid.slots:
+                leaf = model.empty("working", packed.size)
+                projected = saved.projected[block, slot]
+                dnormed[slot].add(block, swiglu_backward(
+                    xp, dy[slot], normed[slot], gate_up, down, projected, out=mlp_views(config, leaf)))
+                dweights.add(slot, leaf)
+            partials.append(dweights)
+        home.send(partials, owner)
+        home.receive((comm.rank + step) % comm.size)
+    all_gather_gradients(comm, gradients.mlp[layer], home.finish(), Tag.MLP_GRADIENTS)
+    dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer + 1)
+    return {slot: dy[slot] + dx[slot] for slot in grid.slots}
+
+
+@phase("head", "forward")
+def head_forward(
+    comm: Communicator, model: Model, x: Tiles, targets: Tiles, weights: Parameters
+) -> tuple[float, HeadSaved]:
+    """The mean cross-entropy over all tokens, in nats. The logits exist for one block of the vocabulary at a time."""
+    config, grid, xp = model.config, model.grid, model.xp
+    normed = normalise(model, x, weights.gains[-1])
+    triples = {slot: Tree[Array](range(config.blocks), partial(merge_triples, xp)) for slot in grid.slots}
+    for block, table in zip(grid.blocks, weights.head_table):
+        for slot in grid.slots:
+            triples[slot].add(block, logits_forward(xp, normed[slot], table, targets[slot], block * len(table)))
+    saved = HeadSaved(x)
+    sums: Tiles = {}
+    for slot in grid.slots:
+        losses, logsumexp = token_losses(xp, triples[slot].total)  # -> [B*s], [B*s]
+        saved.logsumexp[slot] = model.memory.track("activations", logsumexp)
+        sums[slot] = xp.sum(losses, keepdims=True)  # [B*s] -> [1]
+    return mean_loss(comm, model, sums), saved
+
+
+@phase("head", "backward")
+def head_backward(
+    comm: Communicator, model: Model, saved: HeadSaved, targets: Tiles, weights: Parameters, gradients: Parameters,
+    dgain: Tiles
+) -> Tiles:
+    """Returns dx: slot -> [B, s, h]; writes the head's gradient and the tiles' gain gradients."""
+    config, grid, xp = model.config, model.grid, model.xp
+    scale = 1.0 / (config.batch_size * config.seq_len)
+    normed = normalise(model, saved.x, weights.gains[-1])
+    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    home = ReduceToOwner(comm, model, Tag.HEAD_GRADIENTS)
+    for step in range(comm.size):
+        owner = (comm.rank - step) % comm.size
+        partials = []
+        for position in share(len(grid.blocks), owner, comm.size):
+            block, table = grid.blocks[position], weights.head_table[position]
+            dtable = Tree[Array](range(config.tiles))
+            for slot in grid.slots:
+                leaf = model.empty("working", *table.shape)
+                dnormed[slot].add(block, logits_backward(
+                    xp, scale, normed[slot], table, targets[slot], block * len(table), saved.logsumexp[slot], out=leaf))
+                dtable.add(slot, leaf)
+            partials.append(dtable)
+        home.send(partials, owner)
+        home.receive((comm.rank + step) % comm.size)
+    all_gather_gradients(comm, gradients.head_table, home.finish(), Tag.HEAD_GRADIENTS)
+    return normalise_backward(model, totals(dnormed), saved.x, weights.gains[-1], dgain, -1)
+
+
+@phase("loss", "forward")
+def mean_loss(comm: Communicator, model: Model, sums: Tiles) -> float:
+    """The mean over all tokens, on every rank, of slot -> [1], the sum of a tile's losses."""
+    total = all_reduce(comm, model.grid.slots_of, sums, Tag.LOSS)
+    return float(total[0]) / (model.config.batch_size * model.config.seq_len)
+
+
+@phase("gains", "backward")
+def gains_backward(comm: Communicator, model: Model, dgain: Tiles, gradients: Parameters) -> None:
+    """Writes the gradient of all gains, which every rank holds: the sum over tiles of slot -> [2L+1, h]."""
+    gradients.gains[...] = all_reduce(comm, model.grid.slots_of, dgain, Tag.GAIN_GRADIENTS)
+
+
+def model_forward(
+    comm: Communicator, model: Model, weights: Parameters, tokens: Tiles, targets: Tiles
+) -> tuple[float, Saved]:
+    """The loss of a batch, and what the backward needs. tokens and targets: slot -> [B, s] of whole numbers."""
+    saved = Saved(tokens, targets)
+    x = embedding_forward(comm, model, tokens, weights)
+    for layer in range(model.config.num_layers):
+        x, attention = attention_forward(comm, model, x, weights, layer)
+        x, mlp = mlp_forward(comm, model, x, weights, layer)
+        saved.attention.append(attention)
+        saved.mlp.append(mlp)
+        forget(model, saved)
+    loss, saved.head = head_forward(comm, model, x, targets, weights)
+    return loss, saved
+
+
+@phase("model", "backward")
+def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Parameters, gradients: Parameters) -> None:
+    """Writes the gradient of the loss into `gradients`; uses up what was saved, layer by layer."""
+    config = model.config
+    dgain = {slot: model.empty("working", *weights.gains.shape) for slot in model.grid.slots}
+    dx = head_backward(comm, model, saved.head, saved.targets, weights, gradients, dgain)
+    for layer in reversed(range(config.num_layers)):
+        if model.recompute == "full":
+            x, saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)
+            saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer)[1]
+            del x  # which the MLP's backward is the last to need
+        dx = mlp_backward(comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
+        if model.recompute == "attention":
+            saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)[1]
+        dx = attention_backward(comm, model, dx, saved.attention.pop(), weights, layer, gradients, dgain)
+    embedding_backward(comm, model, dx, saved.tokens, weights, gradients)
+    gains_backward(comm, model, dgain, gradients)
+
+
+@phase("optimizer", "backward")
+def gradient_norm(comm: Communicator, model: Model, gradients: Parameters) -> float:
+    """The Euclidean norm of all gradients: squares summed over blocks by the tree, then over the tensors."""
+    xp = model.xp
+    tree = Tree[Array](range(model.config.blocks))
+    for position, block in enumerate(model.grid.blocks):
+        tree.add(block, squares(model, gradients, position))
+    return float(xp.sqrt(xp.sum(tree.total) + xp.sum(gradients.gains * gradients.gains)))
