@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .comm.mpi import launcher_rank
+from .commands.compare import compare
 from .commands.train import TrainOptions, train
 from .commands.verify import verify
 from .config import PLANNING_ONLY, PRESETS, Config, make_config
@@ -25,6 +26,7 @@ what a single process computes.
   mpirun -n 4 python -m tsp_ref train             train on 4 ranks
   python -m tsp_ref train --ranks 4               the same, as 4 virtual ranks of one process: no MPI needed
   mpirun -n 4 python -m tsp_ref verify            4 ranks against one process, a verdict for each tensor
+  mpirun -n 8 python -m tsp_ref compare           TP, SP, TP+SP on every mesh and TSP, side by side
   python -m tsp_ref train --digest --schedule single --preset tiny
 """
 
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="tsp-ref", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_fields())
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | verify")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | verify | compare")
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _fields()}
 
     training = commands.add_parser(
@@ -76,6 +78,19 @@ def _parser() -> Parser:
     _plan_options(verifying)
     _common(verifying, preset="tiny", steps="2")
     verifying.set_defaults(run=_verify)
+
+    comparing = commands.add_parser(
+        "compare", help="all schedules at this N, measured side by side", **form,
+        description="Train a few steps under TP, SP, TP+SP on every mesh of N, and TSP, and in a single process, and "
+                    "show what each rank holds at most, sends and computes, the time of a step, and TSP against each. "
+                    "Exit code 0 only if all agree in every bit.")
+    _layout_options(comparing)
+    comparing.add_argument("--json", metavar="FILE",
+                           help="write a list of objects, one for each schedule: schedule, mesh, digest, "
+                                "model_state_bytes, activation_bytes, peak_bytes, forward_bytes_sent, "
+                                "backward_bytes_sent, messages, balance, step_seconds; the largest over the ranks")
+    _common(comparing, preset="tiny", steps="2")
+    comparing.set_defaults(run=_compare)
     return parser
 
 
@@ -136,6 +151,13 @@ def _verify(options: argparse.Namespace) -> int:
     options.steps = 2 if options.steps is None else options.steps
     config, plan = _config(options), _plan(options)
     return start(lambda comm: verify(comm, config, plan, options.text), options.ranks, options.shuffle, options.debug)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    options.steps = 2 if options.steps is None else options.steps
+    config, plan = _config(options), Plan(layout=options.layout, recompute=options.recompute)
+    return start(lambda comm: compare(comm, config, plan, options.text, options.json), options.ranks, options.shuffle,
+                 options.debug)
 
 
 def _fields() -> str:

@@ -7,30 +7,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..comm.control import ControlTag, all_gather
-from ..config import Config
+from ..formulas.memory import activation_bytes, gain_bytes, model_state_bytes
 from ..training.loop import Training
-
-
-def model_state_bytes(config: Config) -> int:
-    """Weights, gradients and both moments of a whole model: what one process holds between steps."""
-    return 4 * config.num_parameters * np.dtype(config.dtype).itemsize
-
-
-def gain_bytes(config: Config) -> int:
-    """The part of the model state that every rank holds whole: the gains of the norms, and what belongs to them."""
-    return 4 * (2 * config.num_layers + 1) * config.hidden_size * np.dtype(config.dtype).itemsize
-
-
-def activation_bytes(config: Config) -> int:
-    """What the forward of a whole batch keeps for its backward, in one process.
-
-    For each token and layer: the inputs of both parts (2h), queries and the heads' output (2h), keys and values (2Ke),
-    a log-sum-exp for each head (H), gate and up (2f); and for the head its input (h) and a log-sum-exp (1).
-    """
-    keys = config.num_kv_heads * config.head_dim
-    layer = 4 * config.hidden_size + 2 * keys + config.num_heads + 2 * config.ffn_size
-    per_token = config.num_layers * layer + config.hidden_size + 1
-    return per_token * config.batch_size * config.seq_len * np.dtype(config.dtype).itemsize
 
 
 def short(count: float) -> str:

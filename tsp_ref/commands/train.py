@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import threads
 from ..comm.communicator import Communicator
-from ..comm.control import agreed, gather_texts
+from ..comm.control import agreed
 from ..config import Config
-from ..errors import AgreedError, UserError
+from ..errors import UserError
 from ..memory import MODEL_STATE
 from ..terminal import console_for
 from ..training.collect import digest
-from ..training.data import Text, load_text
+from ..training.data import load_text, require_same_text
 from ..training.loop import StepReport, Training
 from ..training.strategy import Plan
 from .holdings import holdings_table, short
@@ -41,7 +41,7 @@ class TrainOptions:
 def train(comm: Communicator, options: TrainOptions) -> int:
     """Train, and report on rank 0. Returns the exit code."""
     training, log = agreed(comm, lambda: _prepare(comm, options))
-    _require_same_text(comm, training.text)
+    require_same_text(comm, training.text)
     console = console_for(comm.rank)
     _greet(console, training, options)
     with log or contextlib.nullcontext():
@@ -77,14 +77,6 @@ def _open_log(options: TrainOptions) -> IO[str] | None:
         raise UserError(f"--log {options.log} cannot be written: {error.strerror}") from None
     _write(log, {"start": dataclasses.asdict(options.config), "plan": dataclasses.asdict(options.plan)})
     return log
-
-
-def _require_same_text(comm: Communicator, text: Text) -> None:
-    prints = gather_texts(comm, text.fingerprint)
-    for rank, fingerprint in enumerate(prints):
-        if fingerprint != prints[0]:
-            raise AgreedError(f"rank {rank} read another text than rank 0 from {text.source}: give all machines the "
-                              "same files with --text")
 
 
 def _greet(console: Console, training: Training, options: TrainOptions) -> None:

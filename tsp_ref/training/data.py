@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from ..arrays import Array, Tiles
+from ..comm.communicator import Communicator
+from ..comm.control import gather_texts
 from ..config import Config
-from ..errors import UserError
+from ..errors import AgreedError, UserError
 from ..model import Model
 
 TRAINING, VALIDATION = 0, 1
@@ -79,6 +81,15 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise UserError(f"--text {file} cannot be read: {error.strerror}") from None
+
+
+def require_same_text(comm: Communicator, text: Text) -> None:
+    """An `AgreedError` unless every rank has read the same text."""
+    prints = gather_texts(comm, text.fingerprint)
+    for rank, fingerprint in enumerate(prints):
+        if fingerprint != prints[0]:
+            raise AgreedError(f"rank {rank} read another text than rank 0 from {text.source}: give all machines the "
+                              "same files with --text")
 
 
 def batch(model: Model, text: Text, part: int, number: int) -> tuple[Tiles, Tiles]:

@@ -1,0 +1,278 @@
+"""The command `compare`: every schedule at this N on the same text, measured, side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from .. import threads
+from ..arrays import Array
+from ..comm.communicator import Communicator
+from ..comm.control import agreed, all_gather, from_root, gather_texts
+from ..comm.virtual import VirtualWorld
+from ..config import Config
+from ..errors import UserError
+from ..formulas.memory import model_state_bytes
+from ..memory import KINDS
+from ..phase import Phase
+from ..terminal import console_for
+from ..training.collect import digest
+from ..training.data import Text, load_text, require_same_text
+from ..training.loop import Training
+from ..training.strategy import Plan, choose_strategy, meshes
+from .holdings import short
+
+ROUNDS = 3
+
+
+@dataclass
+class Row:
+    """What was measured of one schedule: all but the digest are the largest over the ranks. Bytes, messages and seconds
+    are of one training step; balance is the most floating-point operations of a rank over the mean of all."""
+
+    schedule: str
+    mesh: str | None
+    digest: str = ""
+    model_state_bytes: int = 0
+    activation_bytes: int = 0
+    peak_bytes: int = 0
+    forward_bytes_sent: int = 0
+    backward_bytes_sent: int = 0
+    messages: int = 0
+    balance: float = 1.0
+    step_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Peak:
+    """When the rank that holds most held most: the phase, and the bytes of each kind."""
+
+    phase: Phase
+    held: dict[str, int]
+
+
+def compare(comm: Communicator, config: Config, plan: Plan, text_paths: list[str] | None, json_file: str | None) -> int:
+    """Measure all schedules at this N, with the plan's layout and recomputation; 0 if they agree in every bit, else 1.
+
+    First each schedule is trained for `config.steps` steps with everything counted. Then each is timed, without
+    counting, by turns, so that a disturbance of the machine does not fall on one alone.
+    """
+    console = console_for(comm.rank)
+    text, file = agreed(comm, lambda: _prepare(comm, config, text_paths, json_file))
+    with file:
+        require_same_text(comm, text)
+        plans, refused = _plans(comm, config, plan)
+        _greet(console, comm, config, text, plan, plans)
+        rows: list[Row] = []
+        peaks: list[Peak] = []
+        for number, each in enumerate(plans):
+            console.print(f"counting {each} ({number + 1}/{len(plans)})", highlight=False)
+            with _ranks_of(each, comm) as ranks:
+                row, peak = _measure(ranks, config, each, text) if ranks else (Row("", None), Peak(("", ""), {}))
+            rows.append(row)
+            peaks.append(peak)
+        for row, seconds in zip(rows, _time(console, comm, config, plans, text)):
+            row.step_seconds = seconds
+        if comm.rank == 0:
+            file.write(rows)
+    _report(console, config, plans, rows, peaks, refused)
+    agree = len({row.digest for row in rows}) == 1
+    console.print("[green]One digest[/], every bit of every schedule" if agree else "[red]THE DIGESTS DIFFER[/]",
+                  highlight=False)
+    return 1 - from_root(comm, int(agree))
+
+
+class JsonFile:
+    """A file that is written whole at the end, or not at all: what was there before is lost only to a full result."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path = path
+        if path is not None:
+            try:
+                self.part = open(f"{path}.part", "w", encoding="utf-8")  # noqa: SIM115  (closed by __exit__)
+            except OSError as error:
+                raise UserError(f"--json {path} cannot be written: {error.strerror}") from None
+
+    def write(self, rows: list[Row]) -> None:
+        """Write the list of rows, and put it in its place."""
+        if self.path is not None:
+            json.dump([dataclasses.asdict(row) for row in rows], self.part, indent=1)
+            self.part.close()
+            os.replace(self.part.name, self.path)
+
+    def __enter__(self) -> JsonFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.path is not None:
+            self.part.close()
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.part.name)
+
+
+def _prepare(
+    comm: Communicator, config: Config, text_paths: list[str] | None, json_file: str | None
+) -> tuple[Text, JsonFile]:
+    """All that can be refused, before anything is measured."""
+    threads.require_one("compare")
+    return load_text(text_paths, config), JsonFile(json_file if comm.rank == 0 else None)
+
+
+def _plans(comm: Communicator, config: Config, plan: Plan) -> tuple[list[Plan], list[str]]:
+    """The plans that this model can be dealt out by on these ranks, and why not by others; a single process first."""
+    candidates = [("tp", None), ("sp", None), *(("tp+sp", mesh) for mesh in meshes(comm.size)), ("tsp", None)]
+    counted = dataclasses.replace(plan, counted=True)
+    plans, refused = [dataclasses.replace(counted, schedule="single")], []
+    for schedule, mesh in candidates:
+        each = dataclasses.replace(counted, schedule=schedule, mesh=mesh)
+        try:
+            choose_strategy(each, comm, config, np)
+        except UserError as error:
+            refused.append(f"{each}: {error}")
+        else:
+            plans.append(each)
+    if len(plans) == 1:
+        raise UserError(f"no schedule can run: {refused[-1]}")
+    return plans, refused
+
+
+@contextlib.contextmanager
+def _ranks_of(plan: Plan, comm: Communicator) -> Iterator[Communicator | None]:
+    """All ranks; of a single process rank 0, alone, while the others wait."""
+    if plan.schedule != "single":
+        yield comm
+        return
+    yield VirtualWorld(1).communicators[0] if comm.rank == 0 else None
+    from_root(comm, 0)
+
+
+def _measure(comm: Communicator, config: Config, plan: Plan, text: Text) -> tuple[Row, Peak]:
+    """Train, counted, and take what the books say."""
+    before = _sent(comm)
+    training = Training(config, comm, plan, text, np)
+    for _ in range(config.steps):
+        training.step()
+    sent = (_sent(comm) - before) // config.steps  # the ledger has entries of what was measured before
+    memory = training.model.memory
+    mine = np.array([memory.model_state_peak, memory.peak["activations"], memory.total_peak, sent[0, 1], sent[1, 1],
+                     sent[0, 0] + sent[1, 0], training.model.work.total], dtype=np.int64)
+    phase, held = max(memory.peaks.items(), key=lambda item: sum(item[1].values()))
+    books = np.array(all_gather(comm, mine))  # [N, 7]
+    state, activations, peak, forward, backward, messages, work = (int(value) for value in books.max(axis=0))
+    row = Row(plan.schedule, plan.mesh, digest(training), state, activations, peak, forward, backward, messages,
+              balance=work / float(books[:, -1].mean()))
+    return row, _largest_peak(comm, phase, held)
+
+
+def _sent(comm: Communicator) -> Array:
+    """Messages and bytes that this rank has sent in forwards and in backwards until now: [2, 2]."""
+    return np.array([comm.ledger.sums("send", direction=direction) for direction in ("forward", "backward")])
+
+
+def _largest_peak(comm: Communicator, phase: Phase, held: dict[str, int]) -> Peak:
+    """The peak of the rank that held most, on every rank."""
+    rows = [json.loads(text) for text in gather_texts(comm, json.dumps([sum(held.values()), phase, held]))]
+    _, (part, direction), kinds = max(rows, key=lambda row: int(row[0]))
+    return Peak((part, direction), kinds)
+
+
+def _time(console: Console, comm: Communicator, config: Config, plans: list[Plan], text: Text) -> list[float]:
+    """Seconds of a step of each plan, the slowest rank's, the median of some rounds."""
+    seconds: list[list[float]] = [[] for _ in plans]
+    for number in range(ROUNDS):
+        console.print(f"timing, round {number + 1}/{ROUNDS}", highlight=False)
+        for taken, plan in zip(seconds, plans):
+            with _ranks_of(plan, comm) as ranks:
+                mine = _time_one_step(ranks, config, dataclasses.replace(plan, counted=False), text) if ranks else 0.0
+            taken.append(max(float(row[0]) for row in all_gather(comm, np.array([mine], dtype=np.float64))))
+    return [median(taken) for taken in seconds]
+
+
+def _time_one_step(comm: Communicator, config: Config, plan: Plan, text: Text) -> float:
+    """The second step: in the first, memory is touched for the first time."""
+    training = Training(config, comm, plan, text, np)
+    training.step()
+    from_root(comm, 0)  # all ranks begin together
+    begin = time.perf_counter()
+    training.step()
+    return time.perf_counter() - begin
+
+
+def _greet(
+    console: Console, comm: Communicator, config: Config, text: Text, plan: Plan, plans: list[Plan]
+) -> None:
+    console.print(f"{len(plans) - 1} schedules on {comm.size} ranks, and a single process: {config.num_parameters:,} "
+                  f"parameters in {config.dtype}, {config.batch_size} sequences of {config.seq_len} bytes a step, "
+                  f"{plan.layout} layout, recompute {plan.recompute}, {config.steps} steps of {text.source}",
+                  highlight=False)
+
+
+def _report(
+    console: Console, config: Config, plans: list[Plan], rows: list[Row], peaks: list[Peak], refused: list[str]
+) -> None:
+    console.print(_main_table(plans, rows), _ratio_table(plans, rows), _peak_table(plans, peaks), sep="\n")
+    for reason in refused:
+        console.print(f"left out: {reason}", highlight=False)
+    state = model_state_bytes(config)
+    console.print(f"largest over the ranks; bytes, messages and seconds are of one step. A model's state is "
+                  f"{short(state)}B by the formula, {short(rows[0].model_state_bytes)}B as counted.", highlight=False)
+
+
+def _table(title: str, headings: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("schedule", "digest", "in") else "right", no_wrap=True)
+    return table
+
+
+def _main_table(plans: list[Plan], rows: list[Row]) -> Table:
+    table = _table("Every schedule, in bytes", ["schedule", "digest", "state", "activations", "peak", "sent forward",
+                                                "backward", "messages", "balance", "s/step"])
+    smallest = min(row.peak_bytes for row in rows)
+    for plan, row in zip(plans, rows):
+        peak = short(row.peak_bytes)
+        table.add_row(
+            str(plan), row.digest[:8], short(row.model_state_bytes), short(row.activation_bytes),
+            f"[green]{peak}[/]" if row.peak_bytes == smallest else peak, short(row.forward_bytes_sent),
+            short(row.backward_bytes_sent), f"{row.messages:,}", f"{row.balance:.3f}", f"{row.step_seconds:.3f}")
+    return table
+
+
+MEASURES: dict[str, Callable[[Row], float]] = {
+    "state": lambda row: row.model_state_bytes,
+    "activations": lambda row: row.activation_bytes,
+    "peak": lambda row: row.peak_bytes,
+    "sent": lambda row: row.forward_bytes_sent + row.backward_bytes_sent,
+    "messages": lambda row: row.messages,
+    "s/step": lambda row: row.step_seconds,
+}
+
+
+def _ratio_table(plans: list[Plan], rows: list[Row]) -> Table:
+    """TSP's figures as parts of each other schedule's."""
+    table = _table("\nTSP against each: its figure over theirs", ["schedule", *MEASURES])
+    tsp = next((row for row in rows if row.schedule == "tsp"), None)
+    for plan, row in zip(plans, rows):
+        if tsp is not None and row is not tsp:
+            ratios = [measure(tsp) / measure(row) if measure(row) else None for measure in MEASURES.values()]
+            table.add_row(str(plan), *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios))
+    return table
+
+
+def _peak_table(plans: list[Plan], peaks: list[Peak]) -> Table:
+    """What the peak is made of."""
+    table = _table("\nWhat is held at the peak", ["schedule", "in", *KINDS])
+    for plan, peak in zip(plans, peaks):
+        table.add_row(str(plan), " ".join(peak.phase), *(short(peak.held.get(kind, 0)) for kind in KINDS))
+    return table

@@ -1,0 +1,38 @@
+"""What a rank must compute: the floating-point operations of its matrix products in a step, exactly."""
+
+from __future__ import annotations
+
+from ..config import Config
+from ..grid import Grid
+
+
+def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool = False) -> dict[tuple[str, str], int]:
+    """FLOPs by (part, direction). folded: TSP, where a rank computes with all blocks, not only with its own.
+
+    A product of a token with a matrix of E elements costs 2·E forward and 4·E backward (for the token's gradient and
+    for the matrix's). Attention multiplies each query with the n keys that its tile sees, masked ones of its own tile
+    included: scores and values, 2 products of 2·e·n forward; backward the scores again and four more. The embedding
+    forward is a lookup, its backward a product with a one-hot matrix; the head's backward computes the logits again.
+    """
+    blocks = config.blocks if folded else len(grid.blocks)
+    tokens = config.batch_size * config.tile_len * len(grid.slots)
+    layers, hidden = config.num_layers, config.hidden_size
+    key = config.kv_heads_per_block * config.head_dim
+    query = config.group_size * key
+    qkv, out, mlp = hidden * (query + 2 * key), query * hidden, 3 * hidden * config.ffn_size // config.blocks
+    pairs = config.batch_size * config.tile_len * sum(grid.visible(slot) for slot in grid.slots)
+    table = config.vocab_size // config.blocks * hidden
+    attention, swiglu = tokens * (qkv + out) + 2 * pairs * query, tokens * mlp
+    forward = {"attention": 2 * layers * blocks * attention, "mlp": 2 * layers * blocks * swiglu}
+    flops = {
+        ("attention", "forward"): forward["attention"],
+        ("mlp", "forward"): forward["mlp"],
+        ("head", "forward"): 2 * blocks * tokens * table,
+        ("head", "backward"): 6 * blocks * tokens * table,
+        ("mlp", "backward"): 2 * forward["mlp"],
+        ("attention", "backward"): 2 * layers * blocks * (2 * tokens * (qkv + out) + 5 * pairs * query),
+        ("embedding", "backward"): 2 * blocks * tokens * table,
+    }
+    for part in {"none": (), "attention": ("attention",), "full": ("attention", "mlp")}[recompute]:
+        flops[part, "backward"] += forward[part]
+    return flops
