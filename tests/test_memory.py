@@ -10,7 +10,7 @@ from cases import case_config, cut, random_text, single_training
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.commands.holdings import activation_bytes, gain_bytes, model_state_bytes
 from tsp_ref.grid import folded
-from tsp_ref.memory import Memory
+from tsp_ref.memory import KINDS, Memory
 from tsp_ref.model import Model
 from tsp_ref.parameters import initial_parameters
 from tsp_ref.schedules import tsp
@@ -27,11 +27,45 @@ def test_an_array_counts_from_its_birth_to_its_death():
     second = memory.track("gradients", np.zeros(50, dtype=np.float32))
     del first
     third = memory.track("weights", np.zeros(10, dtype=np.float32))
-    assert memory.held == {"weights": 40, "gradients": 200, "optimizer": 0, "activations": 0, "buffers": 0}
-    assert memory.peak == {"weights": 400, "gradients": 200, "optimizer": 0, "activations": 0, "buffers": 0}
+    nothing = dict.fromkeys(KINDS, 0)
+    assert memory.held == {**nothing, "weights": 40, "gradients": 200}
+    assert memory.peak == {**nothing, "weights": 400, "gradients": 200}
     assert memory.model_state_peak == memory.total_peak == 600
     del second, third
-    assert sum(memory.held.values()) == 0
+    assert sum(memory.held.values()) == memory.total == 0
+
+
+def test_what_is_counted_is_the_memory_once_however_many_views_there_are():
+    memory = Memory()
+    whole = np.zeros((10, 10), dtype=np.float32)
+    rows = [memory.track("activations", whole[row]) for row in range(10)]
+    assert memory.total == 400
+    del whole, rows[1:]
+    assert memory.total == 400, "one row keeps all of it alive"
+    rows.clear()
+    assert memory.total == 0
+
+
+def test_an_array_may_become_of_another_kind():
+    memory = Memory()
+    array = memory.track("working", np.zeros(10, dtype=np.float32))
+    memory.track("activations", array)
+    assert (memory.held["working"], memory.held["activations"], memory.total_peak) == (0, 40, 40)
+
+
+def test_each_phase_has_its_own_peak_and_what_it_was_made_of():
+    memory = Memory()
+    state = memory.track("weights", np.zeros(25, dtype=np.float32))
+    memory.phase = ("mlp", "forward")
+    scratch = memory.track("working", np.zeros(50, dtype=np.float32))
+    del scratch
+    memory.phase = ("mlp", "backward")
+    buffer = memory.track("buffers", np.zeros(10, dtype=np.float32))
+    nothing = dict.fromkeys(KINDS, 0)
+    assert memory.peaks["mlp", "forward"] == {**nothing, "weights": 100, "working": 200}
+    assert memory.peaks["mlp", "backward"] == {**nothing, "weights": 100, "buffers": 40}
+    assert memory.total_peak == 300
+    del state, buffer
 
 
 def test_an_unknown_kind_is_refused():

@@ -39,7 +39,8 @@ ROUNDS = 3
 @dataclass
 class Row:
     """What was measured of one schedule: all but the digest are the largest over the ranks. Bytes, messages and seconds
-    are of one training step; balance is the most floating-point operations of a rank over the mean of all."""
+    are of one training step; activations are what is kept between forward and backward; balance is the most
+    floating-point operations of a rank over the mean of all."""
 
     schedule: str
     mesh: str | None
@@ -165,7 +166,7 @@ def _measure(comm: Communicator, config: Config, plan: Plan, text: Text) -> tupl
         training.step()
     sent = (_sent(comm) - before) // config.steps  # the ledger has entries of what was measured before
     memory = training.model.memory
-    mine = np.array([memory.model_state_peak, memory.peak["activations"], memory.total_peak, sent[0, 1], sent[1, 1],
+    mine = np.array([memory.model_state_peak, training.kept_bytes, memory.total_peak, sent[0, 1], sent[1, 1],
                      sent[0, 0] + sent[1, 0], training.model.work.total], dtype=np.int64)
     phase, held = max(memory.peaks.items(), key=lambda item: sum(item[1].values()))
     books = np.array(all_gather(comm, mine))  # [N, 7]

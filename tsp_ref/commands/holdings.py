@@ -20,14 +20,19 @@ def short(count: float) -> str:
     return f"{count:.4g}T"
 
 
+def _activations(training: Training) -> int:
+    """What one process would keep of a batch."""
+    return activation_bytes(training.config, recompute=training.plan.recompute)
+
+
 def holdings_table(training: Training) -> Table:
     """One row a rank. Every rank must call it; only rank 0's is to be shown."""
     config, memory, ledger = training.config, training.model.memory, training.comm.ledger
-    one_state, one_activations, gains = model_state_bytes(config), activation_bytes(config), gain_bytes(config)
+    one_state, one_activations, gains = model_state_bytes(config), _activations(training), gain_bytes(config)
     control = ledger.sums("send", ControlTag.CONTROL.name)
     messages, sent = (total - part for total, part in zip(ledger.sums("send"), control))
     mine = np.array([memory.peak["weights"], memory.peak["gradients"], memory.peak["optimizer"],
-                     memory.model_state_peak, memory.peak["activations"], memory.peak["buffers"], sent])
+                     memory.model_state_peak, training.kept_bytes, memory.peak["buffers"], sent])
     table = Table(title="What each rank held at its peak, and sent, in bytes", title_justify="left", box=SIMPLE_HEAD,
                   padding=(0, 1, 0, 0), show_edge=False)
     for heading in ("rank", "weights", "grads", "AdamW", "sum", "share", "activations", "share", "buffers", "sent"):
@@ -40,8 +45,9 @@ def holdings_table(training: Training) -> Table:
     table.add_section()
     table.add_row("alone", short(one_state / 4), short(one_state / 4), short(one_state / 2), short(one_state), "1",
                   short(one_activations), "1", "", "")
-    table.caption = (f"sum: the largest that weights, gradients and moments were together. share: of what one process "
-                     f"holds alone; left out are the norms' gains, {short(gains)} with their gradients and moments, "
-                     f"which every rank holds. sent: in all steps and the validation; rank 0 in {messages:,} messages.")
+    table.caption = (f"sum: the largest that weights, gradients and moments were together. activations: kept between "
+                     f"forward and backward. share: of what one process holds alone; left out are the norms' gains, "
+                     f"{short(gains)} with their gradients and moments, which every rank holds. sent: in all steps and "
+                     f"the validation; rank 0 in {messages:,} messages.")
     table.caption_justify = "left"
     return table

@@ -55,7 +55,7 @@ def messages_of(count: int, size: int) -> Traffic:
 
 
 class Sizes:
-    """Elements in what travels: blocks of the tensors, tiles, what of a tile is summed for the loss, keys and values."""
+    """Elements in what travels: a block of a tensor, a tile or what is summed of it for the loss, keys and values."""
 
     def __init__(self, config: Config) -> None:
         self.attention = sum(rows * columns for rows, columns in attention_shapes(config))  # (2 + 2/g)·h²/G

@@ -44,12 +44,14 @@ class Training:
         self.losses: list[float] = []
         self.validation_losses: list[float] = []
         self.steps_done = 0
+        self.kept_bytes = 0  # activations held between a forward and its backward
 
     def forward(self) -> tuple[float, Saved]:
         """The forward of the next batch."""
         tokens, targets = batch(self.model, self.text, TRAINING, self.steps_done)
         loss, saved = self.strategy.forward(self.weights, tokens, targets)
         self.losses.append(loss)
+        self.kept_bytes = self.model.memory.held["activations"]
         return loss, saved
 
     def update(self) -> float:

@@ -1,0 +1,53 @@
+"""The books on real ranks: the ledger is the formula, and the memory counted is what the process really held."""
+
+import gc
+import tracemalloc
+
+import numpy as np
+import pytest
+from books import all_plans, step_books
+from cases import case_config, random_text
+
+from tsp_ref.config import make_config
+from tsp_ref.formulas.memory import activation_bytes, itemsize, model_state_bytes
+from tsp_ref.formulas.messages import step_messages
+from tsp_ref.training.data import Text
+from tsp_ref.training.loop import Training
+from tsp_ref.training.strategy import Plan
+
+
+def test_every_schedule_s_ledger_is_the_formula_to_the_byte(comm):
+    config = case_config("grouped-query", "float32")
+    for plan in all_plans(comm.size):
+        comm.finish()  # what was sent under the plan before was received, so its books can be closed
+        comm.ledger.entries.clear()
+        books = step_books(config, comm, plan)
+        wanted = step_messages(plan.schedule, config, books.grid)
+        assert books.sent == {(part, direction, purpose.name): (traffic.messages, traffic.elements * itemsize(config))
+                              for (part, direction, purpose), traffic in wanted.items()}
+        assert books.memory.model_state_peak == model_state_bytes(config, books.grid)
+        assert books.kept == activation_bytes(config, books.grid, folded=plan.schedule == "tsp")
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("schedule", ["tp", "sp", "tp+sp", "tsp"])
+@pytest.mark.ranks(1, 2, 4)
+def test_the_memory_counted_is_within_5_percent_of_what_python_traced(comm, schedule, recompute):
+    """Two runs: in one all arrays are counted, in the other, uncounted, Python's own allocations are traced. The model
+    is large enough for Python's objects, which are traced too, not to matter."""
+    config = make_config("tiny", hidden_size=256, ffn_size=512, seq_len=2048, batch_size=1, num_layers=1)
+    text = Text(*np.split(np.tile(random_text().training, 2), 2), "random bytes")
+
+    def step(counted):
+        training = Training(config, comm, Plan(schedule, recompute=recompute, counted=counted), text, np)
+        training.step()
+        return training
+
+    counted = step(True).model.memory.total_peak
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    step(False)
+    traced = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert 0.95 * traced < counted < 1.05 * traced
