@@ -17,16 +17,13 @@ in order of arrival looks reproducible for as long as nothing disturbs the order
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
-from unittest import mock
+from typing import TypeAlias
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, run
+from stage import Lesson, drawn_text, run, sums_in_order_of_arrival
 
 from tsp_ref import threads
 from tsp_ref.comm.communicator import Communicator
@@ -35,10 +32,8 @@ from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.config import make_config
 from tsp_ref.schedules import collectives, tsp
 from tsp_ref.training.collect import digest
-from tsp_ref.training.data import Text
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
-from tsp_ref.tree import Node, Partial, Tree, add
 
 STEPS = 3
 CONFIG = make_config("tiny", num_layers=1, tiles=8, steps=STEPS, warmup_steps=1)
@@ -60,15 +55,6 @@ Runs: TypeAlias = dict[tuple[int, int], list[Outcome]]
 """(number of virtual ranks, seed) -> what each of them saw."""
 
 
-def drawn_text() -> Text:
-    """Words drawn at random, and sentences drawn from them: something to learn, the same on every rank."""
-    generator = np.random.default_rng(7)
-    letters = np.frombuffer(b"etaoinshrdlu", dtype=np.uint8)
-    words = [generator.choice(letters, size=size).tobytes() for size in generator.integers(2, 7, size=24)]
-    text = np.frombuffer(b" ".join(words[number] for number in generator.integers(0, 24, size=1000)), dtype=np.uint8)
-    return Text(text[:-500], text[-500:], "drawn words")
-
-
 def train(comm: Communicator, schedule: str) -> Outcome:
     """A few steps of the tiny model with one layer."""
     training = Training(CONFIG, comm, Plan(schedule), drawn_text(), np)
@@ -80,45 +66,6 @@ def train(comm: Communicator, schedule: str) -> Outcome:
 def on_virtual_ranks(size: int, seed: int, schedule: str = "tsp") -> list[Outcome]:
     """A run on virtual ranks inside this process, in an order of turns and deliveries drawn from the seed."""
     return VirtualWorld(size, seed).run(lambda comm: train(comm, schedule))
-
-
-def _nothing(left: Any, right: Any) -> Any:
-    """A merge that keeps no partial: the tree below is left with only its nodes."""
-
-
-class InOrderOfArrival(Tree[Partial]):
-    """What takes the tree's place: one running sum, to which each partial is added when it comes.
-
-    What has come, what is still missing and what is sent to whom stay the tree's; only the order of additions is free.
-    """
-
-    def __init__(self, leaves: Iterable[int], merge: Callable[[Any, Any], Any] = add) -> None:
-        super().__init__(leaves, _nothing)
-        self.sum_of = merge
-        self.running: Any = None
-
-    def add(self, index: int, partial: Any, level: int = 0) -> None:
-        """Note that a node has come, and add its partial to the sum at once."""
-        super().add(index, None, level)  # type: ignore[arg-type]
-        self.running = partial if self.running is None else self.sum_of(self.running, partial)
-
-    @property
-    def total(self) -> Any:
-        """The sum, when nothing is missing."""
-        assert super().total is None
-        return self.running
-
-    def pieces(self) -> list[tuple[Node, Any]]:
-        """As many messages as the tree would send: the sum in the first, zeros in the others."""
-        nodes = [node for node, _ in super().pieces()]
-        return [(node, np.zeros_like(self.running) if number else self.running) for number, node in enumerate(nodes)]
-
-
-@contextmanager
-def sums_in_order_of_arrival() -> Iterator[None]:
-    """Within it, TSP has no tree. For virtual ranks only: the ranks of this job go on with theirs."""
-    with mock.patch.object(tsp, "Tree", InOrderOfArrival), mock.patch.object(collectives, "Tree", InOrderOfArrival):
-        yield
 
 
 def first_difference(losses: list[float], others: list[float]) -> int | None:
@@ -203,7 +150,7 @@ def main(lesson: Lesson) -> None:
     if lesson.rank == 0:
         truth = on_virtual_ranks(1, 0, "single")[0]
         tree_runs = {run: on_virtual_ranks(*run) for run in TREE_RUNS}
-        with sums_in_order_of_arrival():
+        with sums_in_order_of_arrival(tsp, collectives):
             arrival_runs = {run: on_virtual_ranks(*run) for run in ARRIVAL_RUNS}
     with_the_tree(lesson, truth, job, tree_runs)
     without_the_tree(lesson, truth, arrival_runs)

@@ -7,23 +7,37 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, TypeAlias
+from unittest import mock
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.rule import Rule
+from rich.table import Table
 
-from tsp_ref.arrays import Array
+from tsp_ref.activations import AttentionSaved, MlpSaved
+from tsp_ref.arrays import Array, Tiles
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather, gather_texts
 from tsp_ref.comm.mpi import launcher_rank
 from tsp_ref.errors import AgreedError
+from tsp_ref.grid import share
 from tsp_ref.launch import start
 from tsp_ref.model import Model
 from tsp_ref.parameters import Parameters, zero_parameters
+from tsp_ref.phase import OUTSIDE
 from tsp_ref.terminal import console_for
+from tsp_ref.training.data import Text
+from tsp_ref.tree import Node, Partial, Tree, add
+
+Sent: TypeAlias = dict[tuple[str, str, str], tuple[int, int]]
+"""(part, direction, purpose) -> messages and bytes."""
 
 
 @dataclass
@@ -152,3 +166,115 @@ def random_weights(model: Model, generator: np.random.Generator) -> Parameters:
         tensor[...] = generator.standard_normal(tensor.shape, dtype=np.float64) * model.config.hidden_size**-0.5
     weights.gains[...] = generator.uniform(0.5, 1.5, weights.gains.shape)
     return weights
+
+
+def dealt(model: Model, whole: Parameters) -> Parameters:
+    """What a rank holds of weights that were drawn whole: a copy of its own blocks, and of the gains."""
+    weights, blocks = zero_parameters(model, "weights"), model.grid.blocks
+    for (_, own), (_, tensor) in zip(weights.tensors(), whole.tensors()):
+        own[...] = tensor[blocks.start : blocks.stop]
+    weights.gains[...] = whole.gains
+    return weights
+
+
+def random_tiles(model: Model, purpose: int) -> Tiles:
+    """Random tiles [B, s, h], drawn by slot, so that all ranks agree and none draws a tile that it does not hold."""
+    config = model.config
+    shape = (config.batch_size, config.tile_len, config.hidden_size)
+    dtype = np.dtype(config.dtype).type
+    return {slot: np.random.default_rng([purpose, slot]).standard_normal(shape, dtype) for slot in model.grid.slots}
+
+
+def drawn_text() -> Text:
+    """Words drawn at random, and sentences drawn from them: something to learn, the same on every rank."""
+    generator = np.random.default_rng(7)
+    letters = np.frombuffer(b"etaoinshrdlu", dtype=np.uint8)
+    words = [generator.choice(letters, size=size).tobytes() for size in generator.integers(2, 7, size=24)]
+    text = np.frombuffer(b" ".join(words[number] for number in generator.integers(0, 24, size=1000)), dtype=np.uint8)
+    return Text(text[:-500], text[-500:], "drawn words")
+
+
+def subtrees(leaves: Iterable[int]) -> int:
+    """How many whole subtrees some leaves fill, in a tree over a power of two of leaves: their pieces in a sum."""
+    count, nodes = 0, set(leaves)
+    while nodes:
+        parents = {node // 2 for node in nodes if node ^ 1 in nodes}
+        count += len(nodes) - 2 * len(parents)
+        nodes = parents
+    return count
+
+
+def all_reduce_sends(count: int, pieces: int, rank: int, size: int) -> int:
+    """How many arrays a rank sends in an all-reduce of `count` sums, which are dealt to the ranks to be made: of those
+    that others make its pieces, of those that it makes the totals, to all others."""
+    own = len(share(count, rank, size))
+    return (count - own) * pieces + own * (size - 1)
+
+
+def kept_bytes(attention: AttentionSaved, mlp: MlpSaved) -> tuple[int, int]:
+    """What a layer's forward keeps: the inputs of its two parts, and what is computed by blocks of weights."""
+    inputs = [*attention.x.values(), *mlp.x.values()]
+    by_blocks = [array for kept in (attention.q, attention.keys_values, attention.heads, attention.logsumexp,
+                                    mlp.projected) for array in kept.values()]
+    return sum(array.nbytes for array in inputs), sum(array.nbytes for array in by_blocks)
+
+
+def table_with(*headings: str) -> Table:
+    """An empty table: numbers to the right, the first column to the left."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    return table
+
+
+def sent_since(comm: Communicator, before: Sent) -> Sent:
+    """What this rank has sent within steps beyond `before`, which is an earlier answer, or empty; zeros left out."""
+    now: Sent = {}
+    for entry, (messages, size) in comm.ledger.entries.items():
+        if entry.verb == "send" and entry.phase != OUTSIDE:
+            known = now.get((*entry.phase, entry.tag), (0, 0))
+            now[*entry.phase, entry.tag] = known[0] + messages, known[1] + size
+    earlier = {key: before.get(key, (0, 0)) for key in now}
+    return {key: (messages - earlier[key][0], size - earlier[key][1])
+            for key, (messages, size) in now.items() if messages > earlier[key][0]}
+
+
+def _nothing(left: Any, right: Any) -> Any:
+    """A merge that keeps no partial: the tree below is left with only its nodes."""
+
+
+class InOrderOfArrival(Tree[Partial]):
+    """What takes the tree's place: one running sum, to which each partial is added when it comes.
+
+    What has come, what is still missing and what is sent to whom stay the tree's; only the order of additions is free.
+    """
+
+    def __init__(self, leaves: Iterable[int], merge: Callable[[Any, Any], Any] = add) -> None:
+        super().__init__(leaves, _nothing)
+        self.sum_of = merge
+        self.running: Any = None
+
+    def add(self, index: int, partial: Any, level: int = 0) -> None:
+        """Note that a node has come, and add its partial to the sum at once."""
+        super().add(index, None, level)  # type: ignore[arg-type]
+        self.running = partial if self.running is None else self.sum_of(self.running, partial)
+
+    @property
+    def total(self) -> Any:
+        """The sum, when nothing is missing."""
+        assert super().total is None
+        return self.running
+
+    def pieces(self) -> list[tuple[Node, Any]]:
+        """As many messages as the tree would send: the sum in the first, zeros in the others."""
+        nodes = [node for node, _ in super().pieces()]
+        return [(node, np.zeros_like(self.running) if number else self.running) for number, node in enumerate(nodes)]
+
+
+@contextmanager
+def sums_in_order_of_arrival(*modules: ModuleType) -> Iterator[None]:
+    """Within it, these modules have no tree. For virtual ranks only: the ranks of this job go on with theirs."""
+    with ExitStack() as patches:
+        for module in modules:
+            patches.enter_context(mock.patch.object(module, "Tree", InOrderOfArrival))
+        yield

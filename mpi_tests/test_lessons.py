@@ -17,8 +17,8 @@ def test_a_lesson_s_checks_hold(n, lesson):
     assert "holds  " in ended.output and "FAILS" not in ended.output
 
 
-def test_there_are_seven_lessons_numbered_without_a_gap():
-    assert [name[:2] for name in LESSONS] == [f"{number:02}" for number in range(1, 8)]
+def test_there_are_thirteen_lessons_numbered_without_a_gap():
+    assert [name[:2] for name in LESSONS] == [f"{number:02}" for number in range(1, 14)]
 
 
 FAILING = """
