@@ -34,6 +34,38 @@ def test_train_prints_the_single_process_s_digest(n, dtype, single_digests):
     assert single_digests["float32"] != single_digests["float64"]
 
 
+@pytest.fixture(scope="module")
+def short_text(tmp_path_factory):
+    """A run of a few steps on a text that is soon read: its arguments, and what one process prints."""
+    path = tmp_path_factory.mktemp("text") / "numbers.txt"
+    path.write_text(" ".join(map(str, range(1000))))
+    arguments = ("--steps", "4", "--text", str(path))
+    return arguments, digest_of(1, *arguments, "--schedule", "single")
+
+
+RECOMPUTE_AT = {1: "none", 2: "attention", 3: "full", 4: "none", 8: "none"}
+
+
+@pytest.mark.parametrize("schedule", ["tp", "sp", "tp+sp"])
+def test_train_under_another_schedule_prints_the_same_digest(n, schedule, short_text):
+    arguments, wanted = short_text
+    assert digest_of(n, *arguments, "--schedule", schedule, "--recompute", RECOMPUTE_AT[n]) == wanted
+
+
+@pytest.mark.parametrize("mesh", ["1x8", "4x2", "8x1"])
+@pytest.mark.ranks(8)
+def test_train_on_another_mesh_than_the_squarest_prints_the_same_digest(n, mesh, short_text):
+    arguments, wanted = short_text
+    assert digest_of(n, *arguments, "--schedule", "tp+sp", "--mesh", mesh) == wanted
+
+
+@pytest.mark.parametrize("options", ["--recompute attention", "--recompute full --layout contiguous"])
+@pytest.mark.ranks(4)
+def test_train_prints_the_same_digest_whatever_is_recomputed_and_whoever_holds_which_tiles(n, options, short_text):
+    arguments, wanted = short_text
+    assert digest_of(n, *arguments, *options.split()) == wanted
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.ranks(1, 4)
 def test_verify_is_green(n, dtype):
@@ -43,6 +75,14 @@ def test_verify_is_green(n, dtype):
     assert "DIFFERS" not in ended.output
     for name in ("layers.1.attention.q ", "head.x ", "gradient of layers.0.mlp.down ", "updated embedding "):
         assert f"equal    {name}" in ended.output
+
+
+@pytest.mark.parametrize("schedule", ["tp", "sp", "tp+sp"])
+@pytest.mark.ranks(4)
+def test_verify_is_green_under_another_schedule(n, schedule):
+    ended = mpirun(n, "-m", "tsp_ref", "verify", "--steps", "1", "--schedule", schedule)
+    assert ended.code == 0, ended.output + ended.errors
+    assert ended.output.rstrip().endswith("EQUAL, every bit: 86 tensors, 4 ranks against one process, 1 step")
 
 
 BROKEN_TREE = """
@@ -87,15 +127,20 @@ REFUSED = {
     "--set num_kv_heads=4": "num_kv_heads=4 is not a multiple of blocks=8: use 8",
     "--set seq_len=100": "seq_len=100 is not a multiple of tiles=16: use 96 or 112",
     "--set colour=3": "field colour is unknown: use one of vocab_size,",
-    "--set blocks=2": "ranks=4 is not possible: with blocks=2 and tiles=16",
+    "--set blocks=2": "ranks=4 is not possible: with blocks=2, not every rank would hold a weight block",
+    "--schedule sp --set tiles=2": "ranks=4 is not possible: with tiles=2, not every rank would hold a token tile",
     "--steps 0": "steps=0 is not valid: use a whole number of at least 1",
     "--steps many": "argument --steps: invalid int value: 'many'",
     "--text /no/such/file": "--text /no/such/file is neither a file nor a folder",
     "--text {short}": "holds 400 bytes: a sequence of seq_len=256 needs at least 514",
     "--text {empty}": "holds 0 bytes: a sequence of seq_len=256 needs at least 514",
     "--dtype float16": "dtype=float16 is not valid: use float32 or float64",
-    "--schedule fast": "--schedule fast is unknown: use one of single, tsp",
+    "--schedule fast": "--schedule fast is unknown: use one of single, tp, sp, tp+sp, tsp",
     "--schedule single": "--schedule single is one process, and this job has 4 ranks",
+    "--schedule tp+sp --mesh 3x1": "--mesh 3x1 is not a mesh of 4 ranks: use one of 1x4, 2x2, 4x1",
+    "--schedule tsp --mesh 2x2": "--mesh 2x2 is for --schedule tp+sp: tsp has no mesh, leave it out",
+    "--layout diagonal": "--layout diagonal is unknown: use one of zigzag, contiguous",
+    "--recompute some": "--recompute some is unknown: use one of none, attention, full",
     "--ranks 4": "--ranks 4 asks for virtual ranks inside one process",
     "--log /no/such/folder/log": "--log /no/such/folder/log cannot be written",
     "--preset tiny --set learning_rate=1e9 warmup_steps=0": "is not finite: lower learning_rate",
@@ -158,14 +203,17 @@ def test_an_exception_on_one_rank_ends_the_job_with_one_traceback(n, program, tm
     assert f"rank {n - 1} of {n} failed" in ended.errors
 
 
+@pytest.mark.parametrize("first", [False, True])
 @pytest.mark.ranks(2, 4)
-def test_a_refusal_by_one_rank_alone_ends_the_job_with_one_line(n, tmp_path):
+def test_a_refusal_by_one_rank_alone_ends_the_job_with_one_line(n, first, tmp_path):
     script = tmp_path / "script.py"
     fail = "from tsp_ref.errors import UserError; raise UserError('colour=blue is not valid: use red')"
-    script.write_text(ONE_RANK_FAILS.format(fail=fail, **PROGRAMS["program"]))
+    program = ONE_RANK_FAILS.format(fail=fail, **PROGRAMS["program"])
+    script.write_text(program.replace("comm.size - 1", "0") if first else program)
     ended = mpirun(n, str(script), limit=30)
     assert ended.code != 0
-    assert ended.errors.count(f"error: on rank {n - 1}: colour=blue is not valid: use red") == 1
+    assert ended.errors.count(f"error: on rank {0 if first else n - 1}: colour=blue is not valid: use red") == 1
+    assert ended.errors.count("colour=blue") == 1
     assert "Traceback" not in ended.errors
 
 

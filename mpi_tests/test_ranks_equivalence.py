@@ -1,8 +1,8 @@
-"""Bitwise, on real ranks: every activation, gradient, weight and moment of TSP is the single process's."""
+"""Bitwise, on real ranks: every activation, gradient, weight and moment of every schedule is the single process's."""
 
 import numpy as np
 import pytest
-from cases import CASES, case_config, random_text, single_training
+from cases import CASES, case_config, plans, random_text, single_training
 
 from tsp_ref.commands.verify import Judge, compare_step
 from tsp_ref.training.collect import digest
@@ -10,19 +10,29 @@ from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("case", CASES)
-def test_five_steps_have_every_bit_of_the_single_process(comm, case, dtype):
-    config = case_config(case, dtype)
+def require_five_equal_steps(comm, config, plan):
+    """Five steps of a plan and of the single process, compared after each, and their digests."""
     judge = Judge()
     reference = single_training(config, random_text()) if comm.rank == 0 else None
-    run = Training(config, comm, Plan("tsp"), random_text(), np)
-    for _ in range(config.steps):
+    run = Training(config, comm, plan, random_text(), np)
+    for _ in range(5):
         compare_step(judge, run, reference)
     if reference is not None:
-        assert {name: verdict.first for name, verdict in judge.verdicts.items() if verdict.different} == {}
+        assert {name: verdict.first for name, verdict in judge.verdicts.items() if verdict.different} == {}, plan
         # Per layer 7 kept activations and 7 matrices, the matrices each as gradient, weight and two moments.
         assert len(judge.verdicts) >= 30 * config.num_layers
     found = digest(run)
     if reference is not None:
-        assert found == digest(reference)
+        assert found == digest(reference), plan
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", CASES)
+def test_five_steps_have_every_bit_of_the_single_process(comm, case, dtype):
+    require_five_equal_steps(comm, case_config(case, dtype), Plan("tsp"))
+
+
+@pytest.mark.parametrize("schedule", ["tp", "sp", "tp+sp"])
+def test_five_steps_of_the_other_schedules_do_too_on_every_mesh(comm, schedule):
+    for plan in plans(schedule, comm.size):
+        require_five_equal_steps(comm, case_config("plain", "float32", num_layers=1, tiles=8), plan)

@@ -1,9 +1,9 @@
-"""What the tests of both folders share: configurations, batches, and a model's parts bound to their context."""
+"""What the tests of both folders share: configurations, plans, batches, and a model's parts bound to their context."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Collection
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -11,14 +11,18 @@ import numpy as np
 
 from tsp_ref.arrays import Array, Tiles
 from tsp_ref.comm.communicator import Communicator
+from tsp_ref.comm.control import all_gather
+from tsp_ref.comm.mesh import make_mesh
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.config import Config, make_config
 from tsp_ref.model import Model
 from tsp_ref.parameters import Parameters, initial_parameters, named_views, zero_parameters
 from tsp_ref.reference import single
+from tsp_ref.schedules import tp_sp
+from tsp_ref.training.collect import digest
 from tsp_ref.training.data import Text
 from tsp_ref.training.loop import Training
-from tsp_ref.training.strategy import Plan
+from tsp_ref.training.strategy import ON_ONE_AXIS, Plan, mesh_sides, meshes
 
 SMALL = dict(num_layers=2, hidden_size=32, ffn_size=48, seq_len=32)
 
@@ -54,9 +58,37 @@ def cut(model: Model, whole: Array) -> Tiles:
     return {slot: np.ascontiguousarray(whole[:, model.grid.tokens(slot)]) for slot in model.grid.slots}
 
 
+def plans(schedule: str, ranks: int, **options: Any) -> list[Plan]:
+    """Every way to run a schedule on so many ranks: one, or one for each mesh."""
+    if schedule != "tp+sp":
+        return [Plan(schedule, **options)]
+    return [Plan(schedule, mesh, **options) for mesh in meshes(ranks)]
+
+
 def single_training(config: Config, text: Text) -> Training:
     """The reference run."""
     return Training(config, VirtualWorld(1).communicators[0], Plan("single"), text, np)
+
+
+def digest_after(config: Config, plan: Plan, comm: Communicator, steps: int) -> str:
+    """The digest, on rank 0, of a run of some steps, after which no message is left under way."""
+    training = Training(config, comm, plan, random_text(), np)
+    for _ in range(steps):
+        training.step()
+    text = digest(training)
+    comm.finish()
+    return text
+
+
+def virtual_digest(config: Config, plan: Plan, ranks: int, seed: int | None = None, steps: int = 2) -> str:
+    """The digest of a run on virtual ranks."""
+    return VirtualWorld(ranks, seed).run(lambda comm: digest_after(config, plan, comm, steps))[0]
+
+
+@cache
+def single_digest(config: Config, steps: int = 2) -> str:
+    """The digest of the single process."""
+    return virtual_digest(config, Plan("single"), 1, steps=steps)
 
 
 def perturbed_parameters(model: Model, seed: int = 7) -> Parameters:
@@ -83,11 +115,14 @@ def gradient_gaps(calls: Calls, model: Model, total: Callable[[float], float], w
     """For each matrix: how far its gradient is from central differences along a random direction.
 
     Relative to the gradient's norm, which is the size to expect of its product with a direction of unit variance.
+    Copies of a block are moved alike, each by the rank that holds it, and count together as one: as their mean.
 
     what   "loss": the loss; "layers": the product of the last layer's output with a random cotangent
-    total  sums a number over ranks; weights that every rank holds are counted by rank 0
+    total  sums a number over ranks
     """
     config, grid = model.config, model.grid
+    of_block = parts_of_one(config.blocks, grid.blocks, total)
+    of_gains = 1.0 / total(1.0)
     weights, gradients = perturbed_parameters(model), zero_parameters(model, "gradients")
     tokens, targets = (cut(model, whole) for whole in random_batch(config))
     shape = (config.batch_size, config.seq_len, config.hidden_size)
@@ -102,12 +137,12 @@ def gradient_gaps(calls: Calls, model: Model, total: Callable[[float], float], w
         step = 2e-6
         products = squares = 0.0
         moves = []
-        for weight, gradient, seed in views:
+        for weight, gradient, seed, block in views:
             direction = np.random.default_rng(seed).standard_normal(weight.shape)
             moves.append((weight, direction))
-            if name != "gains" or grid.token_axis.rank == 0:
-                products += float(np.sum(gradient * direction))
-                squares += float(np.sum(gradient * gradient))
+            part = of_gains if block is None else of_block[block]
+            products += part * float(np.sum(gradient * direction))
+            squares += part * float(np.sum(gradient * gradient))
         values = []
         for sign in (1.0, -2.0):
             for weight, direction in moves:
@@ -121,16 +156,23 @@ def gradient_gaps(calls: Calls, model: Model, total: Callable[[float], float], w
     return gaps
 
 
+def parts_of_one(count: int, held: Collection[int], total: Callable[[float], float]) -> list[float]:
+    """For each of `count` things that are dealt out, what this rank's copy counts for: the parts of all copies sum to
+    one, and who holds none has no part."""
+    return [(index in held) / total(float(index in held)) for index in range(count)]
+
+
 def _directions(config: Config, blocks: range, weights: Parameters, gradients: Parameters) -> list[tuple[str, Any]]:
-    """(matrix, [(its block's weights, gradient, seed)]) for every named matrix; seeds are keyed by matrix and block."""
-    found: dict[str, list[tuple[Array, Array, list[int]]]] = {}
+    """(matrix, [(its block's weights, gradient, seed, block)]) for every named matrix; seeds are keyed by matrix and
+    block. The gains are in no block."""
+    found: dict[str, list[tuple[Array, Array, list[int], int]]] = {}
     for number, ((name, tensor), (_, gradient)) in enumerate(zip(weights.tensors(), gradients.tensors())):
         for block, weight, slope in zip(blocks, tensor, gradient):
             slopes = named_views(config, name, slope)
             for field, view in named_views(config, name, weight).items():
                 full = name if field == "table" else f"{name}.{field}"
-                found.setdefault(full, []).append((view, slopes[field], [number, block, len(field)]))
-    return [*found.items(), ("gains", [(weights.gains, gradients.gains, [99])])]
+                found.setdefault(full, []).append((view, slopes[field], [number, block, len(field)], block))
+    return [*found.items(), ("gains", [(weights.gains, gradients.gains, [99], None)])]
 
 
 def _loss(calls: Calls, tokens: Tiles, targets: Tiles) -> tuple[Any, Any]:
@@ -147,6 +189,7 @@ def _layers(
     calls: Calls, model: Model, tokens: Tiles, cotangent: Tiles, total: Callable[[float], float]
 ) -> tuple[Any, Any]:
     layers = range(model.config.num_layers)
+    of_slot = parts_of_one(model.config.tiles, model.grid.slots, total)
 
     def forward(weights: Parameters) -> tuple[Tiles, list[Any]]:
         saved = []
@@ -159,7 +202,7 @@ def _layers(
 
     def value(weights: Parameters) -> float:
         x, _ = forward(weights)
-        return total(sum(float(np.sum(x[slot] * cotangent[slot])) for slot in x))
+        return total(sum(of_slot[slot] * float(np.sum(x[slot] * cotangent[slot])) for slot in x))
 
     def backward(weights: Parameters, gradients: Parameters) -> None:
         _, saved = forward(weights)
@@ -178,8 +221,6 @@ def sum_over(comm: Communicator | None) -> Callable[[float], float]:
     """Sums a number over all ranks of a communicator; without one, leaves it."""
     if comm is None:
         return lambda number: number
-    from tsp_ref.comm.control import all_gather
-
     return lambda number: float(sum(row[0] for row in all_gather(comm, np.array([number], dtype=np.float64))))
 
 
@@ -187,3 +228,13 @@ def single_calls(config: Config) -> tuple[Calls, Model]:
     """The single process's functions and its model."""
     model = Model(config, np)
     return Calls(single, model), model
+
+
+def schedule_calls(config: Config, plan: Plan, comm: Communicator) -> tuple[Calls, Model]:
+    """A schedule's functions and its model, as a rank has them."""
+    if plan.schedule == "tp+sp":
+        module, ranks = tp_sp, make_mesh(comm, *mesh_sides(plan.mesh, comm.size))
+    else:
+        module, ranks = ON_ONE_AXIS[plan.schedule], comm
+    model = Model(config, np, *module.place(ranks), layout=plan.layout, recompute=plan.recompute)
+    return Calls(module, ranks, model), model

@@ -33,6 +33,7 @@ def test_virtual_ranks_in_any_order_print_the_single_process_s_digest(capsys):
     assert digest(capsys) == wanted
     assert digest(capsys, "--ranks", "4") == wanted
     assert digest(capsys, "--ranks", "8", "--shuffle", "5") == wanted
+    assert digest(capsys, "--ranks", "6", "--schedule", "tp+sp", "--mesh", "2x3", "--recompute", "full") == wanted
     assert digest(capsys, "--seed", "1") != wanted
 
 
@@ -49,7 +50,9 @@ def test_a_log_is_appended_to_and_never_overwritten(capsys, tmp_path):
     assert main([*TINY, "--log", str(log), "--ranks", "2"]) == 0
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert records[0] == {"mine": 1}
-    assert records[1]["plan"]["schedule"] == "tsp" and records[1]["start"]["hidden_size"] == 64
+    assert records[1]["plan"] == {
+        "schedule": "tsp", "mesh": None, "layout": "zigzag", "recompute": "none", "counted": False}
+    assert records[1]["start"]["hidden_size"] == 64
     assert [record["step"] for record in records[2:5]] == [1, 2, 3]
     assert records[4]["loss"] < records[2]["loss"]
     assert set(records[5]) == {"validation_loss"}
@@ -68,7 +71,10 @@ def test_a_run_on_text_of_one_s_own_learns_it(capsys, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "the following arguments are required: train | verify"),
-    (["train", "--ranks", "9"], "ranks=9 is not possible: with blocks=8 and tiles=16"),
+    (["train", "--ranks", "9"], "ranks=9 is not possible: with blocks=8, not every rank would hold a weight block; use "
+                                "1 to 8 ranks, or raise blocks with --set"),
+    (["train", "--ranks", "3", "--schedule", "sp", "--set", "tiles=2"],
+     "ranks=3 is not possible: with tiles=2, not every rank would hold a token tile; use 1 to 2 ranks, or raise tiles"),
     (["train", "--ranks", "0"], "--ranks 0 is not valid: use 1 to 1024"),
     (["train", "--set", "hidden_size"], "--set hidden_size is not of the form field=value"),
     (["train", "--shuffle", "1", "--ranks", "20"], "ranks=20 is not possible"),

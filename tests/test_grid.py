@@ -1,16 +1,24 @@
-"""Who owns what: blocks and slots dealt once, consecutive and even, and causal work equal."""
+"""Who owns what: blocks and slots dealt once, consecutive and even, and causal work equal, or known to be unequal."""
+
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from tsp_ref.grid import Grid, folded, share, zigzag
+from tsp_ref.errors import UserError
+from tsp_ref.grid import ALONE, Grid, Place, folded, share, zigzag
 
 GRIDS = [(1, 1), (8, 16), (8, 4), (3, 5), (32, 64), (7, 16)]
 WORLDS = [(blocks, tiles, size) for blocks, tiles in GRIDS for size in range(1, min(blocks, tiles) + 1)]
 
 
-def grids(blocks: int, tiles: int, size: int, tile_len: int = 4) -> list[Grid]:
-    return [Grid(blocks, tiles, tile_len, *folded(rank, size)) for rank in range(size)]
+def grids(blocks: int, tiles: int, size: int, tile_len: int = 4, layout: str = "zigzag") -> list[Grid]:
+    return [Grid(blocks, tiles, tile_len, *folded(rank, size), layout) for rank in range(size)]
+
+
+def along_tokens(tiles: int, size: int, layout: str, tile_len: int = 4) -> list[Grid]:
+    """What the ranks of an axis of tokens see."""
+    return [Grid(1, tiles, tile_len, ALONE, Place(rank, size), layout) for rank in range(size)]
 
 
 def positions(grid: Grid, slot: int) -> np.ndarray:
@@ -94,6 +102,79 @@ def test_the_readers_of_a_slot_are_the_slots_with_a_query_that_sees_one_of_its_k
         readers = [other for other in range(tiles)
                    if seen[np.ix_(positions(grid, other), positions(grid, slot))].any()]
         assert list(grid.readers(slot)) == readers
+
+
+@pytest.mark.parametrize(("blocks", "tiles", "size"), WORLDS)
+def test_contiguous_a_rank_holds_consecutive_tiles_in_the_order_of_slots(blocks: int, tiles: int, size: int) -> None:
+    world = grids(blocks, tiles, size, layout="contiguous")
+    assert sorted(slot for grid in world for slot in grid.slots) == list(range(tiles)), "all are dealt once"
+    held = [sorted(grid.tile(slot) for slot in grid.slots) for grid in world]
+    assert held == [list(share(tiles, rank, size)) for rank in range(size)]
+    for grid, zigzagged in zip(world, grids(blocks, tiles, size)):
+        assert list(grid.slots) == sorted(grid.slots)
+        assert [grid.slots_of(rank) for rank in range(size)] == [other.slots for other in world]
+        assert grid.blocks == zigzagged.blocks, "blocks know no layout"
+
+
+def test_a_layout_says_who_holds_a_slot_and_never_what_is_in_it() -> None:
+    alone = Grid(8, 16, 4)
+    for grid in grids(8, 16, 3, layout="contiguous"):
+        for slot in range(16):
+            assert (grid.tile(slot), grid.readers(slot)) == (alone.tile(slot), alone.readers(slot))
+
+
+def test_one_process_holds_every_slot_in_either_layout() -> None:
+    assert Grid(8, 16, 4).slots == Grid(8, 16, 4, layout="contiguous").slots == tuple(range(16))
+
+
+@pytest.mark.parametrize("tile_len", [1, 3, 4])
+@pytest.mark.parametrize("tiles", [1, 2, 5, 16])
+def test_pairs_are_the_keys_that_queries_see_with_half_of_a_tile_against_itself(tiles: int, tile_len: int) -> None:
+    grid = Grid(1, tiles, tile_len)
+    seen = np.tri(tiles * tile_len, dtype=np.int64)
+    for slot in range(tiles):
+        own = positions(grid, slot)
+        before_the_tile = int(seen[own, : own[0]].sum())
+        assert grid.pairs(slot) == before_the_tile + tile_len**2 / 2
+    assert sum(map(grid.pairs, range(tiles))) == (tiles * tile_len) ** 2 / 2
+
+
+@pytest.mark.parametrize("tiles", [16, 32, 64])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_the_busiest_rank_has_the_mean_s_attention_in_zigzag_and_nearly_twice_as_much_contiguous(
+    tiles: int, size: int
+) -> None:
+    """Mean over largest is 1 in zigzag, and contiguous 2/3, 4/7, 8/15 on 2, 4, 8 ranks: the last of N ranks has 2N-1
+    times as much to do as the first."""
+    for layout, efficiency in (("zigzag", Fraction(1)), ("contiguous", Fraction(size, 2 * size - 1))):
+        work = [Fraction(sum(map(grid.pairs, grid.slots))) for grid in along_tokens(tiles, size, layout)]
+        assert sum(work) / size / max(work) == efficiency
+
+
+@pytest.mark.parametrize(("axes", "message"), [
+    ((Place(0, 9), ALONE), "ranks=9 is not possible: with blocks=8, not every rank would hold a weight block; use 1 to "
+                           "8 ranks, or raise blocks with --set"),
+    ((ALONE, Place(0, 17)), "ranks=17 is not possible: with tiles=16, not every rank would hold a token tile; use 1 to "
+                            "16 ranks, or raise tiles with --set"),
+    (folded(0, 9), "with blocks=8, not every rank would hold a weight block"),
+])
+def test_more_ranks_on_an_axis_than_there_is_to_deal_out_are_refused(axes: tuple[Place, Place], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        Grid(8, 16, 4, *axes)
+    assert message in str(caught.value)
+
+
+def test_the_axes_are_dealt_out_apart_from_each_other() -> None:
+    """Sixteen ranks for the tiles are possible with eight blocks, and the other way round."""
+    for weights, tokens in ((ALONE, Place(15, 16)), (Place(7, 8), ALONE), (Place(3, 8), Place(5, 16))):
+        grid = Grid(8, 16, 4, weights, tokens)
+        assert grid.blocks == share(8, weights.rank, weights.size)
+        assert grid.slots == tuple(share(16, tokens.rank, tokens.size))
+
+
+def test_an_unknown_layout_is_refused() -> None:
+    with pytest.raises(UserError, match="--layout diagonal is unknown: use one of zigzag, contiguous"):
+        Grid(8, 16, 4, layout="diagonal")
 
 
 def test_tiles_and_tokens_are_the_same_on_any_number_of_ranks() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tsp_ref.comm.communicator import Communicator
+from tsp_ref.comm.communicator import Communicator, Entry
 from tsp_ref.comm.control import agreed, all_gather, from_root, gather_texts
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.errors import MessageError, UserError
@@ -154,13 +154,56 @@ def test_the_ledger_counts_messages_and_bytes_by_verb_tag_and_peer() -> None:
     world = VirtualWorld(3)
     world.run(main)
     zero, one, two = (comm.ledger for comm in world.communicators)
-    assert zero.entries == {("send", "WEIGHTS", 1): [2, 24], ("send", "TEXT", 1): [1, 3], ("send", "TEXT", 2): [1, 32]}
-    assert one.entries == {("receive", "WEIGHTS", 0): [2, 24], ("receive", "TEXT", 0): [1, 3]}
+    outside = ("", "")
+    assert zero.entries == {Entry("send", outside, "WEIGHTS", 1): (2, 24), Entry("send", outside, "TEXT", 1): (1, 3),
+                            Entry("send", outside, "TEXT", 2): (1, 32)}
+    assert one.entries == {
+        Entry("receive", outside, "WEIGHTS", 0): (2, 24), Entry("receive", outside, "TEXT", 0): (1, 3)}
     assert zero.sums("send") == (4, 59)
     assert zero.sums("send", tag="TEXT") == (2, 35)
     assert zero.sums("send", peer=1) == (3, 27)
     assert zero.sums("send", "TEXT", 2) == two.sums("receive") == (1, 32)
     assert zero.sums("receive") == one.sums("send") == (0, 0)
+
+
+def test_messages_are_counted_under_the_phase_in_which_they_are_posted() -> None:
+    def main(comm: Communicator) -> None:
+        here = "send" if comm.rank == 0 else "receive"
+        late = comm.Isend(zeros(1), 1, 0) if comm.rank == 0 else comm.Irecv(zeros(1), 0, 0)
+        for phase in (("mlp", "forward"), ("mlp", "backward"), ("head", "backward"), ("mlp", "forward")):
+            comm.phase = phase
+            assert comm.phase == phase
+            exchange(comm, zeros(4), zeros(4))
+        comm.Wait(late)  # posted before the first phase, so it is counted outside
+        comm.phase = ("", "")
+        exchange(comm, zeros(2), zeros(2), tag=Purpose.TEXT)
+        assert comm.ledger.entries == {
+            Entry(here, ("", ""), "0", 1 - comm.rank): (1, 4),
+            Entry(here, ("mlp", "forward"), "WEIGHTS", 1 - comm.rank): (2, 32),
+            Entry(here, ("mlp", "backward"), "WEIGHTS", 1 - comm.rank): (1, 16),
+            Entry(here, ("head", "backward"), "WEIGHTS", 1 - comm.rank): (1, 16),
+            Entry(here, ("", ""), "TEXT", 1 - comm.rank): (1, 8),
+        }
+
+    run(2, main)
+
+
+def test_the_ledger_sums_by_part_and_by_direction() -> None:
+    def main(comm: Communicator) -> None:
+        for number, phase in enumerate([("mlp", "forward"), ("mlp", "backward"), ("head", "backward"), ("", "")]):
+            comm.phase = phase
+            exchange(comm, zeros(10**number), zeros(10**number), tag=Purpose.TEXT if number == 2 else Purpose.WEIGHTS)
+
+    world = VirtualWorld(2)
+    world.run(main)
+    ledger = world.communicators[0].ledger
+    assert ledger.sums("send") == (4, 4444)
+    assert ledger.sums("send", part="mlp") == (2, 44)
+    assert ledger.sums("send", direction="backward") == (2, 440)
+    assert ledger.sums("send", part="mlp", direction="backward") == (1, 40)
+    assert ledger.sums("send", part="") == ledger.sums("send", direction="") == (1, 4000), "outside is a phase, too"
+    assert ledger.sums("send", "TEXT", 1, part="head") == (1, 400)
+    assert ledger.sums("send", "TEXT", part="mlp") == ledger.sums("receive", part="mlp") == (0, 0)
 
 
 def test_the_ledger_does_not_count_what_was_refused() -> None:

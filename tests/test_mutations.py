@@ -5,20 +5,42 @@ A mutation is laid over the code, and the test that guards against it is called 
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
 import pytest
 import test_equivalence
 import test_gradients
 import test_naive_and_single
+import test_recompute
+from cases import case_config, random_text, single_digest
 
 from tsp_ref import tilewise
-from tsp_ref.comm.virtual import VirtualCommunicator
-from tsp_ref.errors import MessageError
+from tsp_ref.activations import AttentionSaved
+from tsp_ref.comm.communicator import Communicator
+from tsp_ref.comm.virtual import VirtualCommunicator, VirtualWorld
+from tsp_ref.errors import AgreedError, MessageError
 from tsp_ref.ops import attention as attention_ops
 from tsp_ref.ops import norm as norm_ops
 from tsp_ref.reference import single
-from tsp_ref.schedules import collectives, tsp
+from tsp_ref.schedules import collectives, sp, tp, tp_sp, tsp
 from tsp_ref.schedules.tags import Tag
+from tsp_ref.training import strategy
+from tsp_ref.training.collect import digest
+from tsp_ref.training.loop import Training
+from tsp_ref.training.strategy import Plan
 from tsp_ref.tree import Tree
+
+MODULES = {"tp": tp, "sp": sp, "tp+sp": tp_sp, "tsp": tsp}
+CONFIG = case_config("grouped-query", "float32", tiles=8)
+
+
+@pytest.fixture(autouse=True)
+def fresh_digests():
+    """A digest that was remembered from code that is broken, or was whole, is of no use to the other."""
+    single_digest.cache_clear()
+    yield
+    single_digest.cache_clear()
 
 
 def naive_test():
@@ -29,24 +51,41 @@ def differences_test():
     test_gradients.test_gradients_of_the_single_process_are_central_differences("plain", "loss")
 
 
-def bits_test():
-    test_equivalence.test_five_steps_on_virtual_ranks_have_the_digest_of_the_single_process("plain", 4, "float32")
+def differences_on_ranks_test(schedule):
+    test_gradients.test_gradients_on_virtual_ranks_are_central_differences(Plan(schedule), 2, "loss")
 
 
-def verdicts_test():
-    test_equivalence.test_every_tensor_of_three_virtual_ranks_is_the_single_process_s()
+def bits_test(schedule, mesh=None):
+    plan, ranks = Plan(schedule, mesh), 8 if mesh == "2x4" else 4
+    test_equivalence.test_two_steps_on_virtual_ranks_have_the_digest_of_the_single_process(plan, ranks, CONFIG)
 
 
-def orders_test():
-    test_equivalence.test_a_hundred_random_orders_of_arrival_change_no_bit()
+def recompute_test(schedule, recompute):
+    test_equivalence.test_computing_anew_what_a_backward_needs_changes_no_bit(Plan(schedule, recompute=recompute), 2)
+
+
+def kept_test():
+    test_recompute.test_what_is_computed_anew_is_not_kept_and_what_is_kept_is_used_up(Plan("sp"), 2, "attention")
+
+
+def verdicts_test(schedule):
+    test_equivalence.test_every_tensor_of_every_copy_is_the_single_process_s(Plan(schedule), 3)
+
+
+def orders_test(schedule):
+    test_equivalence.test_twenty_random_orders_of_arrival_change_no_bit(Plan(schedule))
+
+
+def of(test, *arguments):
+    """A test with its arguments, named by both."""
+    called = partial(test, *arguments)
+    called.__name__ = "-".join((test.__name__, *arguments))
+    return called
 
 
 def drop_residual(monkeypatch):
-    def without(model, x, part):
-        return {slot: part[slot].total for slot in model.grid.slots}
-
-    monkeypatch.setattr(single, "add_residual", without)
-    monkeypatch.setattr(tsp, "add_residual", without)
+    for module in (single, *MODULES.values()):
+        monkeypatch.setattr(module, "add_residual", lambda model, x, part: dict(part))
 
 
 def drop_residual_of_the_backward(monkeypatch):
@@ -95,13 +134,35 @@ def drop_a_key_value_gradient(monkeypatch):
 
 
 def let_one_rank_s_gains_drift(monkeypatch):
-    honest = tsp.gains_backward
+    for module in MODULES.values():
+        def drifting(ranks, model, dgain, gradients, honest=module.gains_backward):
+            honest(ranks, model, dgain, gradients)
+            gradients.gains[0, 0] += getattr(ranks, "whole", ranks).rank == 2
 
-    def drifting(comm, model, dgain, gradients):
-        honest(comm, model, dgain, gradients)
-        gradients.gains[0, 0] += comm.rank == 2
+        monkeypatch.setattr(module, "gains_backward", drifting)
 
-    monkeypatch.setattr(tsp, "gains_backward", drifting)
+
+def let_one_copy_of_a_gradient_drift(monkeypatch):
+    """By one bit in one number, on one rank, of what all have summed."""
+    honest = collectives.all_gather_gradients
+
+    def drifting(comm, gradients, totals, tag):
+        honest(comm, gradients, totals, tag)
+        if comm.rank == comm.size - 1 and tag == Tag.MLP_GRADIENTS:
+            gradients[0, -1] = np.nextafter(gradients[0, -1], gradients.dtype.type(9))
+
+    for module in (sp, tp_sp):
+        monkeypatch.setattr(module, "all_gather_gradients", drifting)
+
+
+def leave_one_copy_of_a_gradient_at_zero(monkeypatch):
+    honest = collectives.all_gather_gradients
+
+    def forgetful(comm, gradients, totals, tag):
+        honest(comm, gradients, totals, tag)
+        gradients *= comm.rank == 0 or tag != Tag.MLP_GRADIENTS
+
+    monkeypatch.setattr(sp, "all_gather_gradients", forgetful)
 
 
 def sum_in_order_of_arrival(monkeypatch):
@@ -113,6 +174,19 @@ def sum_in_order_of_arrival(monkeypatch):
     monkeypatch.setattr(Tree, "add", add)
 
 
+def count_a_piece_that_arrives_twice(monkeypatch):
+    """In the number itself, so that no tree can notice."""
+    honest = collectives.merge_one
+
+    def twice(comm, arrivals):
+        for arrival in arrivals[:1]:
+            comm.Wait(arrival.request)
+            arrival.request.array[...] *= 2
+        honest(comm, arrivals)
+
+    monkeypatch.setattr(collectives, "merge_one", twice)
+
+
 def send_a_message_from_another_array(monkeypatch):
     honest = VirtualCommunicator.Isend
 
@@ -120,6 +194,40 @@ def send_a_message_from_another_array(monkeypatch):
         return honest(self, array * 0 if tag == Tag.KEYS_VALUES_GRADIENTS else array, dest, tag)
 
     monkeypatch.setattr(VirtualCommunicator, "Isend", stale)
+
+
+def recompute_with_the_weights_of_another_layer(monkeypatch):
+    for module in MODULES.values():
+        def stale(ranks, model, x, weights, layer, honest=module.attention_forward):
+            return honest(ranks, model, x, weights, 0 if model.phase[1] == "backward" else layer)
+
+        monkeypatch.setattr(module, "attention_forward", stale)
+
+
+def recompute_all_but_the_softmax_s_denominators(monkeypatch):
+    for module in MODULES.values():
+        def forgetful(ranks, model, x, weights, layer, honest=module.attention_forward):
+            x, saved = honest(ranks, model, x, weights, layer)
+            for logsumexp in saved.logsumexp.values():
+                logsumexp *= model.phase[1] != "backward"
+            return x, saved
+
+        monkeypatch.setattr(module, "attention_forward", forgetful)
+
+
+def keep_what_is_computed_anew(monkeypatch):
+    monkeypatch.setattr(AttentionSaved, "keep_input_only", lambda self: None)
+
+
+def forget_one_tensor_less(monkeypatch):
+    honest = AttentionSaved.keep_input_only
+
+    def sparing(self):
+        q = dict(self.q)
+        honest(self)
+        self.q.update(q)
+
+    monkeypatch.setattr(AttentionSaved, "keep_input_only", sparing)
 
 
 @pytest.mark.parametrize("mutate, test", [
@@ -133,12 +241,21 @@ def send_a_message_from_another_array(monkeypatch):
     (drop_loss_scale, differences_test),
     (drop_a_key_value_gradient, naive_test),
     (drop_a_key_value_gradient, differences_test),
-    (drop_a_key_value_gradient, bits_test),
-    (let_one_rank_s_gains_drift, bits_test),
-    (let_one_rank_s_gains_drift, verdicts_test),
-    (sum_in_order_of_arrival, bits_test),
-    (sum_in_order_of_arrival, orders_test),
-    (send_a_message_from_another_array, bits_test),
+    *((drop_a_key_value_gradient, of(bits_test, schedule)) for schedule in MODULES),
+    *((let_one_rank_s_gains_drift, of(bits_test, schedule)) for schedule in MODULES),
+    *((let_one_rank_s_gains_drift, of(verdicts_test, schedule)) for schedule in MODULES),
+    *((let_one_copy_of_a_gradient_drift, of(test, schedule))
+      for test in (bits_test, verdicts_test) for schedule in ("sp", "tp+sp")),
+    (leave_one_copy_of_a_gradient_at_zero, of(differences_on_ranks_test, "sp")),
+    *((sum_in_order_of_arrival, of(test, schedule)) for test in (bits_test, orders_test) for schedule in MODULES),
+    *((count_a_piece_that_arrives_twice, of(bits_test, schedule)) for schedule in MODULES),
+    *((send_a_message_from_another_array, of(bits_test, schedule)) for schedule in ("sp", "tp+sp", "tsp")),
+    *((recompute_with_the_weights_of_another_layer, of(recompute_test, schedule, recompute))
+      for schedule in MODULES for recompute in ("attention", "full")),
+    *((recompute_all_but_the_softmax_s_denominators, of(recompute_test, schedule, recompute))
+      for schedule in MODULES for recompute in ("attention", "full")),
+    (keep_what_is_computed_anew, kept_test),
+    (forget_one_tensor_less, kept_test),
 ], ids=lambda part: part.__name__)
 def test_a_mutation_turns_a_test_red(mutate, test, monkeypatch):
     mutate(monkeypatch)
@@ -146,8 +263,39 @@ def test_a_mutation_turns_a_test_red(mutate, test, monkeypatch):
         test()
 
 
-@pytest.mark.parametrize("tag", list(Tag), ids=lambda tag: tag.name)
-def test_a_message_that_is_not_sent_is_named_not_waited_for(tag, monkeypatch):
+PARTS = ("EMBEDDING", "ATTENTION", "MLP", "HEAD")
+WEIGHTS, SUMS, GRADIENTS = ([Tag[f"{part}_{what}"] for part in PARTS] for what in ("WEIGHTS", "SUMS", "GRADIENTS"))
+ALONG_WEIGHTS = {*SUMS, Tag.GRADIENT_NORM}
+ALONG_TOKENS = {*GRADIENTS, Tag.KEYS_VALUES, Tag.KEYS_VALUES_GRADIENTS, Tag.GAIN_GRADIENTS, Tag.LOSS}
+TAGS = {
+    "tp": {*ALONG_WEIGHTS, Tag.COLLECT},
+    "sp": ALONG_TOKENS,  # rank 0 holds all that a digest is made of
+    "tp+sp": {*ALONG_WEIGHTS, *ALONG_TOKENS, Tag.COLLECT},
+    "tsp": {*WEIGHTS, *ALONG_TOKENS, Tag.GRADIENT_NORM, Tag.COLLECT},
+}
+MESSAGES = [(schedule, tag) for schedule, tags in TAGS.items() for tag in sorted(tags)]
+
+
+def one_step(schedule):
+    """A step and a digest on four virtual ranks, checked at the end for messages that are left."""
+    config = case_config("plain", "float32", num_layers=1, tiles=4, blocks=4)
+    test_equivalence.virtual_digest(config, Plan(schedule), 4, steps=1)
+
+
+@pytest.mark.parametrize("schedule", MODULES)
+def test_a_schedule_sends_messages_of_these_purposes_and_no_others(schedule):
+    def main(comm):
+        training = Training(case_config("plain", "float32", num_layers=1), comm, Plan(schedule), random_text(), np)
+        training.step()
+        digest(training)
+        return {entry.tag for entry in comm.ledger.entries} - {"CONTROL"}
+
+    assert set().union(*VirtualWorld(4).run(main)) == {tag.name for tag in TAGS[schedule]}
+    assert set().union(*TAGS.values()) == set(Tag)
+
+
+@pytest.mark.parametrize("schedule, tag", MESSAGES, ids=lambda part: getattr(part, "name", part))
+def test_a_message_that_is_not_sent_is_named_not_waited_for(schedule, tag, monkeypatch):
     honest = VirtualCommunicator._start
     dropped = []
 
@@ -160,10 +308,81 @@ def test_a_message_that_is_not_sent_is_named_not_waited_for(tag, monkeypatch):
 
     monkeypatch.setattr(VirtualCommunicator, "_start", lossy)
     with pytest.raises(MessageError, match=tag.name):
-        bits_test()
+        one_step(schedule)
     assert dropped
 
 
+@pytest.mark.parametrize("schedule, tag", MESSAGES, ids=lambda part: getattr(part, "name", part))
+def test_a_message_that_is_sent_twice_is_named(schedule, tag, monkeypatch):
+    honest = Communicator.Isend
+    doubled = []
+
+    def twice(self, array, dest, given):
+        if given == tag and not doubled:
+            doubled.append(honest(self, array.copy(), dest, given))
+        return honest(self, array, dest, given)
+
+    monkeypatch.setattr(Communicator, "Isend", twice)
+    with pytest.raises(MessageError, match=tag.name):
+        one_step(schedule)
+    assert doubled
+
+
+@pytest.mark.parametrize("schedule", MODULES)
+def test_a_piece_that_is_merged_twice_is_refused(schedule, monkeypatch):
+    honest = collectives.merge_one
+
+    def twice(comm, arrivals):
+        first = arrivals[0]
+        comm.Wait(first.request)
+        first.tree.add(first.node[1], first.request.array.copy(), first.node[0])
+        honest(comm, arrivals)
+
+    monkeypatch.setattr(collectives, "merge_one", twice)
+    with pytest.raises(ValueError, match=r"was added to the tree twice|holds only the nodes"):
+        one_step(schedule)
+
+
+def give_the_other_axis_to(collective):
+    """One collective of tp_sp works along the tokens' axis in place of the weights', or the other way round."""
+
+    def mutate(monkeypatch):
+        honest_mesh, honest = strategy.make_mesh, getattr(tp_sp, collective)
+        other = {}
+
+        def noted(*arguments):
+            mesh = honest_mesh(*arguments)
+            other[mesh.weights], other[mesh.tokens] = mesh.tokens, mesh.weights
+            return mesh
+
+        monkeypatch.setattr(strategy, "make_mesh", noted)
+        monkeypatch.setattr(tp_sp, collective, lambda axis, *rest: honest(other[axis], *rest))
+
+    mutate.__name__ = collective
+    return mutate
+
+
+def take_one_axis_for_the_other(monkeypatch):
+    honest = tp_sp.place
+    monkeypatch.setattr(tp_sp, "place", lambda mesh: honest(mesh)[::-1])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of what was never received
+@pytest.mark.parametrize("mesh", ["2x2", "2x4"])
+@pytest.mark.parametrize("mutate", [take_one_axis_for_the_other, *map(give_the_other_axis_to, (
+    "all_reduce_tiles", "all_gather_keys_values", "reduce_scatter_keys_values", "ReduceToOwner", "all_gather_gradients",
+    "all_reduce"))], ids=lambda part: part.__name__)
+def test_a_wrong_axis_turns_the_digest_red(mutate, mesh, monkeypatch):
+    mutate(monkeypatch)
+    # Other bits, another shape, a piece that comes twice, or a loss that is not a number.
+    with pytest.raises((AssertionError, MessageError, ValueError, AgreedError)):
+        bits_test("tp+sp", mesh)
+
+
 def test_unbroken_code_passes_the_tests_that_judge_the_mutations():
-    for test in (naive_test, differences_test, bits_test, verdicts_test, orders_test):
-        test()
+    """Those that no other file runs as they are called here; the others are green, or that file is red."""
+    for schedule in MODULES:
+        one_step(schedule)
+        verdicts_test(schedule)
+        bits_test(schedule)
+    bits_test("tp+sp", "2x4")

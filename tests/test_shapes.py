@@ -15,20 +15,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cases import cut, random_batch
+from cases import cut, random_batch, schedule_calls
 
 from tsp_ref import ops
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.config import make_config
-from tsp_ref.grid import folded
 from tsp_ref.model import Model
 from tsp_ref.parameters import initial_parameters, zero_parameters
 from tsp_ref.reference import naive, single
-from tsp_ref.schedules import tsp
+from tsp_ref.training.strategy import Plan
 
 PACKAGE = Path(ops.__file__).parent.parent
 OPS = sorted((PACKAGE / "ops").glob("*.py"))
-OTHERS = [PACKAGE / name for name in ("tilewise.py", "reference/single.py", "reference/naive.py", "schedules/tsp.py",
+OTHERS = [PACKAGE / name for name in ("tilewise.py", "reference/single.py", "reference/naive.py", "schedules/tp.py",
+                                      "schedules/sp.py", "schedules/tp_sp.py", "schedules/tsp.py",
                                       "schedules/collectives.py")]
 COMMENT = re.compile(r"#\s*((?:->\s*)?\[.*)$")
 SHAPE = re.compile(r"\[([^\]]*)\]")
@@ -159,13 +159,13 @@ class Watch:
         self.wrong.append(f"{Path(frame.f_code.co_filename).name}:{line.last} {frame.f_code.co_name}: {what}")
 
 
-def a_training_step(comm) -> None:
-    """Forward and backward on two virtual ranks: every operation runs."""
-    model = Model(CONFIG, np, *folded(comm.rank, comm.size))
+def a_training_step(comm, plan) -> None:
+    """Forward and backward on virtual ranks: every operation runs."""
+    calls, model = schedule_calls(CONFIG, plan, comm)
     weights, gradients = initial_parameters(model), zero_parameters(model, "gradients")
     tokens, targets = (cut(model, whole) for whole in random_batch(CONFIG))
-    _, saved = tsp.model_forward(comm, model, weights, tokens, targets)
-    tsp.model_backward(comm, model, saved, weights, gradients)
+    _, saved = calls.model_forward(weights, tokens, targets)
+    calls.model_backward(saved, weights, gradients)
 
 
 def a_training_step_of_the_references() -> None:
@@ -178,10 +178,11 @@ def a_training_step_of_the_references() -> None:
     naive.loss_and_gradients(CONFIG, naive.assemble(CONFIG, weights), tokens, targets)
 
 
-@pytest.mark.parametrize("paths, least", [(OPS, 40), (OTHERS, 20)], ids=["ops", "references and schedules"])
+@pytest.mark.parametrize("paths, least", [(OPS, 40), (OTHERS, 60)], ids=["ops", "references and schedules"])
 def test_every_shape_comment_is_true(paths, least):
     watch = Watch(paths)
-    watch.run(lambda: VirtualWorld(2).run(a_training_step))
+    for plan, ranks in ((Plan("tp"), 2), (Plan("sp"), 2), (Plan("tp+sp", "2x2"), 4), (Plan("tsp"), 2)):
+        watch.run(lambda ranks=ranks, plan=plan: VirtualWorld(ranks).run(lambda comm: a_training_step(comm, plan)))
     watch.run(a_training_step_of_the_references)
     assert watch.wrong == []
     written = {f"{path}:{line.last}" for path, lines in watch.lines.items() for line in lines.values()}

@@ -21,6 +21,9 @@ NEVER = {
     "training": ("commands", "cli"),
 }
 
+# Every schedule, and its name for the ranks that its functions are given first.
+SCHEDULES = {"tp": "comm: Communicator", "sp": "comm: Communicator", "tp_sp": "mesh: Mesh", "tsp": "comm: Communicator"}
+
 Sources = dict[str, str]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -120,6 +123,10 @@ def parameters(function: Function) -> list[str]:
     return [ast.unparse(argument) for argument in [*function.args.posonlyargs, *function.args.args]]
 
 
+def decorators(function: Function) -> list[str]:
+    return [ast.unparse(part) for part in function.decorator_list]
+
+
 def test_no_import_breaks_a_rule() -> None:
     assert breaches(sources()) == []
 
@@ -133,6 +140,8 @@ def test_no_import_breaks_a_rule() -> None:
     ("comm.bad", "from ..model import Model"),
     ("comm.bad", "from ..parameters import Parameters"),
     ("comm.bad", "if True:\n    from ..ops.norm import rmsnorm_forward"),
+    ("comm.mesh", "from ..grid import Place"),
+    ("comm.mesh", "from ..phase import phase"),
     ("comm.bad", "from mpi4py import MPI"),
     ("comm.mpi.bad", "import mpi4py.MPI"),
     ("launch", "import mpi4py as message_passing"),
@@ -155,9 +164,10 @@ def test_an_import_that_breaks_a_rule_is_found(module: str, text: str) -> None:
 @pytest.mark.parametrize(("module", "text"), [
     ("ops.good", "import numpy\nfrom ..arrays import Array\nfrom .norm import rmsnorm_forward"),
     ("comm.good", "from ..errors import MessageError\nfrom .communicator import Request"),
+    ("comm.mesh", "from ..arrays import Array\nfrom .communicator import Communicator"),
     ("comm.mpi", "from mpi4py import MPI"),
     ("reference.good", "from ..model import Model\nfrom .single import model_forward"),
-    ("schedules.good", "from ..comm.communicator import Communicator\nfrom ..tree import Tree"),
+    ("schedules.good", "from ..comm.mesh import Mesh\nfrom .collectives import all_reduce\nfrom ..tree import Tree"),
     ("__main__", "from .cli import main"),
 ])
 def test_an_import_within_the_rules_is_let_pass(module: str, text: str) -> None:
@@ -208,21 +218,48 @@ def test_a_missing_docstring_is_found() -> None:
     assert undocumented({"m": "x = 1"}) == ["m"]
 
 
-def test_the_schedule_has_the_functions_of_the_reference_in_its_order_after_its_own_helpers() -> None:
-    reference, schedule = list(public_functions("reference.single")), list(public_functions("schedules.tsp"))
+def test_every_schedule_is_held_to_the_reference() -> None:
+    """A module of this room that is no schedule has no `place`."""
+    found = [module.removeprefix("tsp_ref.schedules.") for module in sources() if within(module, *rooms("schedules"))]
+    assert {name for name in found if "place" in public_functions(f"schedules.{name}")} == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_has_the_functions_of_the_reference_in_its_order_after_its_own_helpers(schedule: str) -> None:
+    reference, twins = list(public_functions("reference.single")), list(public_functions(f"schedules.{schedule}"))
     assert len(reference) >= 12
-    assert schedule[-len(reference) :] == reference
+    assert twins[-len(reference) :] == reference
 
 
 @pytest.mark.parametrize("name", public_functions("reference.single"))
-def test_a_function_of_the_schedule_takes_a_communicator_and_then_what_the_reference_takes(name: str) -> None:
-    reference, schedule = public_functions("reference.single")[name], public_functions("schedules.tsp")[name]
-    assert parameters(schedule) == ["comm: Communicator", *parameters(reference)]
-    assert ast.unparse(schedule.returns or schedule) == ast.unparse(reference.returns or reference)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_function_of_a_schedule_takes_its_ranks_and_then_what_the_reference_takes(schedule: str, name: str) -> None:
+    reference, twin = public_functions("reference.single")[name], public_functions(f"schedules.{schedule}")[name]
+    assert parameters(twin) == [SCHEDULES[schedule], *parameters(reference)]
+    assert ast.unparse(twin.returns or twin) == ast.unparse(reference.returns or reference)
+
+
+@pytest.mark.parametrize("name", public_functions("reference.single"))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_function_of_a_schedule_is_in_the_books_of_the_reference_s_phase(schedule: str, name: str) -> None:
+    reference, twin = public_functions("reference.single")[name], public_functions(f"schedules.{schedule}")[name]
+    assert decorators(twin) == decorators(reference)
+
+
+def test_every_part_of_the_reference_has_a_phase_of_its_own_name() -> None:
+    """Only the whole forward has none: it is the sum of its parts, and sends and computes nothing itself."""
+    functions = public_functions("reference.single")
+    phases = {name: decorators(function) for name, function in functions.items()}
+    assert phases.pop("model_forward") == []
+    for name, found in phases.items():
+        part, _, direction = name.rpartition("_")
+        if direction in ("forward", "backward"):
+            assert found == [f"phase('{part}', '{direction}')"]
+    assert all(len(found) == 1 for found in phases.values())
 
 
 @pytest.mark.parametrize("module", [
-    "reference.single", "schedules.tsp",
+    "reference.single", *(f"schedules.{name}" for name in SCHEDULES),
     "ops.attention", "ops.embedding", "ops.loss", "ops.mlp", "ops.norm", "ops.rotary",
 ])
 def test_every_forward_has_a_backward(module: str) -> None:

@@ -135,14 +135,30 @@ def test_every_bit_that_a_run_made_is_in_its_digest():
     assert digest(training) == honest
 
 
-def test_a_copy_of_the_gains_that_drifts_on_one_rank_is_in_the_digest():
+@pytest.mark.parametrize("schedule, tensor", [
+    ("tsp", "gains"), ("tp", "gains"), ("sp", "gains"), ("tp+sp", "gains"), ("sp", "embedding"), ("sp", "head"),
+    ("sp", "layers.0.mlp"), ("tp+sp", "layers.0.attention")])
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_copy_that_drifts_on_one_rank_is_in_the_digest(schedule, tensor, rank):
     def main(comm, drift):
-        training = stepped("tsp", comm)
-        training.weights.gains[0, 0] += drift * (comm.rank == 2)
+        training = stepped(schedule, comm)
+        if comm.rank == rank and drift:
+            held = {**dict(training.weights.tensors()), "gains": training.weights.gains}[tensor]
+            held.reshape(-1).view(np.uint32)[-1] ^= 1
+        return digest(training)
+
+    honest, drifted = (VirtualWorld(4).run(lambda comm, drift=drift: main(comm, drift))[0] for drift in (0, 1))
+    assert honest == digest(stepped("single", VirtualWorld(1).communicators[0])) != drifted
+
+
+def test_a_drift_that_all_copies_but_the_first_share_is_in_the_digest():
+    def main(comm, drift):
+        training = stepped("sp", comm)
+        training.weights.embedding[0, 0, 0] += drift * (comm.rank > 0)
         return digest(training)
 
     honest, drifted = (VirtualWorld(3).run(lambda comm, drift=drift: main(comm, drift))[0] for drift in (0, 1))
-    assert honest == digest(stepped("single", VirtualWorld(1).communicators[0])) != drifted
+    assert honest != drifted
 
 
 def test_initial_weights_have_their_spread_whoever_draws_them():

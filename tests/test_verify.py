@@ -11,7 +11,8 @@ from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 
 RANKS = 3
-CONFIG = case_config("grouped-query", "float32", num_layers=1)
+SCHEDULES = ("tp", "sp", "tp+sp", "tsp")
+CONFIG = case_config("grouped-query", "float32", num_layers=1, tiles=8)
 
 
 def flip(array):
@@ -20,13 +21,13 @@ def flip(array):
     array[last] = np.nextafter(array[last], np.float32(9))
 
 
-def verdicts_with(plant):
+def verdicts_with(plant, schedule="tsp"):
     """The names of what differs in one step on three ranks, when plant(run) has tampered with the last rank's run."""
 
     def main(comm):
         judge = Judge()
         reference = single_training(CONFIG, random_text()) if comm.rank == 0 else None
-        run = Training(CONFIG, comm, Plan("tsp"), random_text(), np)
+        run = Training(CONFIG, comm, Plan(schedule), random_text(), np)
         if comm.rank == comm.size - 1:
             plant(run)
         compare_step(judge, run, reference)
@@ -35,14 +36,16 @@ def verdicts_with(plant):
     return VirtualWorld(RANKS).run(main)[0]
 
 
-def test_nothing_differs_when_nothing_was_planted():
-    assert verdicts_with(lambda run: None) == set()
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_nothing_differs_when_nothing_was_planted(schedule):
+    assert verdicts_with(lambda run: None, schedule) == set()
 
 
 @pytest.mark.parametrize("part, name", [
     ("attention", "x"), ("attention", "q"), ("attention", "tile_keys_values"), ("attention", "heads"),
     ("attention", "logsumexp"), ("mlp", "x"), ("mlp", "projected"), ("head", "x"), ("head", "logsumexp")])
-def test_one_wrong_bit_in_a_kept_activation_is_seen(part, name):
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_one_wrong_bit_in_a_kept_activation_is_seen(schedule, part, name):
     def plant(run):
         honest = run.forward
 
@@ -56,7 +59,7 @@ def test_one_wrong_bit_in_a_kept_activation_is_seen(part, name):
         run.forward = forward
 
     wanted = f"head.{name}" if part == "head" else f"layers.0.{part}.{name}"
-    assert wanted in verdicts_with(plant)
+    assert wanted in verdicts_with(plant, schedule)
 
 
 @pytest.mark.parametrize("name", ["loss", "gradient norm"])
@@ -74,9 +77,11 @@ def test_a_number_that_one_rank_has_wrong_is_seen(name):
     assert verdicts_with(plant) == {name}
 
 
-@pytest.mark.parametrize("prefix", ["gradient of ", "updated ", "first moment of ", "second moment of "])
+@pytest.mark.parametrize("schedule, prefix", [
+    ("tsp", "gradient of "), ("tsp", "updated "), ("tsp", "first moment of "), ("tsp", "second moment of "),
+    ("tp", "updated "), ("sp", "gradient of "), ("sp", "updated "), ("tp+sp", "first moment of ")])
 @pytest.mark.parametrize("tensor", ["embedding", "layers.0.attention", "layers.0.mlp", "head", "gains"])
-def test_one_wrong_bit_in_what_is_held_between_steps_is_seen(prefix, tensor):
+def test_one_wrong_bit_in_what_is_held_between_steps_is_seen(schedule, prefix, tensor):
     changed = set()
 
     def plant(run):
@@ -96,4 +101,4 @@ def test_one_wrong_bit_in_what_is_held_between_steps_is_seen(prefix, tensor):
 
         run.update = update
 
-    assert verdicts_with(plant) == changed != set()
+    assert verdicts_with(plant, schedule) == changed != set()

@@ -26,8 +26,8 @@ class Books(Protocol):
 def phase(part: str, direction: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Everything that the decorated function sends, holds and computes belongs to this phase.
 
-    The function's first arguments are the model, or a communicator and the model. A forward that is run again within a
-    backward belongs to the backward: that is what recomputation costs.
+    The function's first arguments, given by place, are the model, or a communicator and the model. A forward that is
+    run again within a backward belongs to the backward: that is what recomputation costs.
     """
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

@@ -38,6 +38,10 @@ class Axis(Communicator):
         """The index of a message that is complete, as soon as one is."""
         return self.whole.Waitany(requests)
 
+    def finish(self) -> None:
+        """Check that nothing is left, of other axes either."""
+        self.whole.finish()
+
     def _member(self, place: int, verb: str) -> int:
         if not 0 <= place < self.size:
             raise MessageError(f"{verb} on rank {self.whole.rank}: place {place} is not on the axis of the ranks "
@@ -88,7 +92,7 @@ class Mesh:
 
 def make_mesh(whole: Communicator, weight_ranks: int, token_ranks: int) -> Mesh:
     """The mesh of weight_ranks x token_ranks on all ranks of a communicator, whose number must be their product."""
-    if weight_ranks * token_ranks != whole.size:
+    if min(weight_ranks, token_ranks) < 1 or weight_ranks * token_ranks != whole.size:
         raise ValueError(f"a mesh of {weight_ranks} x {token_ranks} is not one of {whole.size} ranks")
     column, row = divmod(whole.rank, weight_ranks)
     along_weights = [column * weight_ranks + place for place in range(weight_ranks)]

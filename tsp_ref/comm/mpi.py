@@ -93,6 +93,7 @@ class MPICommunicator(Communicator):
         sys.stdout.flush()
         sys.stderr.flush()
         self._library.COMM_WORLD.Abort(code)
+        os._exit(code)  # MPICH's Abort may return before this process is ended, and what comes after must not run
 
 
 def open_world() -> MPICommunicator:

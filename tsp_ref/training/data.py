@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +45,10 @@ def load_text(paths: list[str] | None, config: Config) -> Text:
     if config.vocab_size < 256:
         raise UserError(f"vocab_size={config.vocab_size} is too small to train on bytes: use 256 or more")
     if paths:
-        files = [file for path in paths for file in _files(Path(path))]
-        source = ", ".join(paths)
+        content, source = _read_all(file for path in paths for file in _files(Path(path))), ", ".join(paths)
     else:
-        files, source = _standard_library(), "the source of Python's standard library"
-    text = np.frombuffer(b"".join(_read(file) for file in files), dtype=np.uint8)
+        content, source = _standard_library(), "the source of Python's standard library"
+    text = np.frombuffer(content, dtype=np.uint8)
     needed = config.seq_len + 1
     held_out = max(len(text) // 20, needed)
     if len(text) < 2 * needed:
@@ -71,9 +72,15 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _standard_library() -> list[Path]:
+@lru_cache(maxsize=1)  # read once for all virtual ranks of a process
+def _standard_library() -> bytes:
     root = Path(sysconfig.get_path("stdlib"))
-    return sorted(file for file in root.rglob("*.py") if not NOT_SOURCE.intersection(file.relative_to(root).parts))
+    return _read_all(
+        sorted(file for file in root.rglob("*.py") if not NOT_SOURCE.intersection(file.relative_to(root).parts)))
+
+
+def _read_all(files: Iterable[Path]) -> bytes:
+    return b"".join(_read(file) for file in files)
 
 
 def _read(file: Path) -> bytes:
