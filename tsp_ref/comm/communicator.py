@@ -5,13 +5,20 @@ Its methods have the names of MPI's, because that is what they are. A subclass s
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from ..arrays import Array
-from ..errors import MessageError
+from ..errors import MessageError, UserError
+from .link import Link
+from .timeline import Timeline
 
+LONGEST_SLEEP = 100e-6  # seconds: other messages may arrive meanwhile
+PROGRESS = ("wait", "poll", "thread")
 DTYPES = ("float32", "float64", "int64", "uint8")
 
 
@@ -25,6 +32,9 @@ class Request:
     peer: int
     tag: int
     handle: Any = None
+    arrived: bool = False  # the bytes are here, or have left
+    ready: float = 0.0  # when an emulated link is through with it
+    noticed: bool = False  # that it is complete, for the timeline
     done: bool = False
 
     def __str__(self) -> str:
@@ -68,6 +78,18 @@ class Ledger:
         return sum(messages for messages, _ in chosen), sum(size for _, size in chosen)
 
 
+@dataclass(frozen=True)
+class Event:
+    """One call of a rank's script: that a message was posted, or waited for until it was complete."""
+
+    what: str  # "post" or "wait"
+    request: int  # a number that the message's two events share
+    verb: str = ""
+    peer: int = 0
+    tag: int = 0
+    size: int = 0  # bytes
+
+
 class Communicator(ABC):
     """Rank `rank` of `size`. Errors are `MessageError`s that name rank, peer, tag and shape.
 
@@ -79,7 +101,12 @@ class Communicator(ABC):
         self.rank = rank
         self.size = size
         self.ledger = Ledger()
+        self.progress_mode = "wait"
+        self.link: Link | None = None
+        self.script: list[Event] | None = None  # a list, to have what happens written down in it
+        self.timeline: Timeline | None = None  # one, to have it recorded when what happens
         self._open: dict[int, Request] = {}
+        self._lock: AbstractContextManager[Any] = nullcontext()  # a real one where a second thread helps
 
     @property
     def phase(self) -> tuple[str, str]:
@@ -89,6 +116,8 @@ class Communicator(ABC):
     @phase.setter
     def phase(self, phase: tuple[str, str]) -> None:
         self.ledger.phase = phase
+        if self.timeline is not None:
+            self.timeline.compute(phase)
 
     @property
     def others(self) -> list[int]:
@@ -103,11 +132,43 @@ class Communicator(ABC):
         """Start to receive into `array`, whose size must be the message's."""
         return self._post(Request("receive", array, self.rank, source, tag))
 
+    def travel_by(self, progress: str, link: Link | None) -> None:
+        """How messages are to travel from now on: who helps them on (one of PROGRESS), and over which link."""
+        if progress not in PROGRESS:
+            raise UserError(f"--progress {progress} is unknown: use one of {', '.join(PROGRESS)}")
+        self.progress_mode, self.link = progress, link
+
+    def progress(self, block: int, slot: int) -> None:
+        """Let messages under way move on, if that is asked for (`--progress poll`): the work on a tile begins.
+
+        MPI moves a large message only inside its own calls: one that was posted and then left alone for a computation
+        will travel inside the `Wait` after it.
+        """
+        if self.timeline is not None:
+            self.timeline.compute(self.phase, block, slot)
+        if self.progress_mode == "poll":
+            for request in list(self._open.values()):
+                if self._advance(request):
+                    self._close(request)
+
     def Test(self, request: Request) -> bool:
         """Whether the message is complete; gives it a chance to progress."""
-        if not request.done and self._test(request):
+        if not request.done and self._advance(request):
             self._close(request)
         return request.done
+
+    def is_here(self, request: Request) -> bool:
+        """Whether the message is known to be complete; asks anew unless nobody is to help messages on."""
+        return request.done if self.progress_mode == "wait" else self.Test(request)
+
+    @contextmanager
+    def counting(self, phase: tuple[str, str]) -> Iterator[None]:
+        """Count messages by this phase meanwhile."""
+        before, self.ledger.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.ledger.phase = before
 
     def Wait(self, request: Request) -> None:
         """Return when the message is complete."""
@@ -125,16 +186,29 @@ class Communicator(ABC):
         polls = 0
         while True:
             for index, request in enumerate(requests):
-                if request.done or self._test(request):
+                if request.done or self._advance(request):
                     self._close(request)
+                    if self.script is not None:
+                        self.script.append(Event("wait", id(request)))
+                    if self.timeline is not None and polls:
+                        self.timeline.resume(request)
                     return index
-            self._pause(requests, polls)
+            if self.timeline is not None and not polls:
+                self.timeline.wait()
+            on_the_link = [request.ready for request in requests if request.arrived]
+            if on_the_link:
+                # As a wait for a network: without using the processor, and not past the next message's arrival.
+                time.sleep(max(0.0, min(min(on_the_link) - time.perf_counter(), LONGEST_SLEEP)))
+            else:
+                self._pause(requests, polls)
             polls += 1
 
     def finish(self) -> None:
         """Check that nothing is left: no message open here, and none sent to this rank that it never received."""
         if self._open:
-            raise MessageError("never completed: " + "; ".join(str(request) for request in self._open.values()))
+            left = [str(request) for request in self._open.values()]
+            more = f"; and {len(left) - 3} more" if len(left) > 3 else ""
+            raise MessageError("never completed: " + "; ".join(left[:3]) + more)
         self._check_all_received()
 
     def _post(self, request: Request) -> Request:
@@ -149,13 +223,34 @@ class Communicator(ABC):
         if request.verb == "receive" and not getattr(array.flags, "writeable", True):
             raise MessageError(f"{request}: the array must be writeable")
         self.ledger.count(request)
-        self._open[id(request)] = request
-        self._start(request)
+        if self.timeline is not None:
+            self.timeline.post(request, self.phase)
+        with self._lock:
+            self._open[id(request)] = request
+            self._start(request)
+        if self.script is not None:
+            self.script.append(
+                Event("post", id(request), request.verb, request.peer, request.tag, request.array.nbytes))
         return request
+
+    def _advance(self, request: Request) -> bool:
+        """Whether the message is complete: arrived, and through the link if there is one."""
+        with self._lock:
+            if not request.arrived and self._test(request):
+                request.arrived = True
+                if self.link is not None:
+                    now = time.perf_counter()
+                    request.ready = self.link.through(request.verb, request.peer, request.array.nbytes, now)
+        complete = request.arrived and (self.link is None or time.perf_counter() >= request.ready)
+        if self.timeline is not None and complete and not request.noticed:
+            request.noticed = True
+            self.timeline.complete(request)
+        return complete
 
     def _close(self, request: Request) -> None:
         request.done = True
-        self._open.pop(id(request), None)
+        with self._lock:
+            self._open.pop(id(request), None)
 
     @abstractmethod
     def _start(self, request: Request) -> None:

@@ -30,6 +30,10 @@ class Axis(Communicator):
         """Start to receive into `array` from the rank at place `source`."""
         return self.whole.Irecv(array, self._member(source, "receive"), tag)
 
+    def progress(self, block: int, slot: int) -> None:
+        """Let messages under way move on, those of other axes too."""
+        self.whole.progress(block, slot)
+
     def Test(self, request: Request) -> bool:
         """Whether the message is complete."""
         return self.whole.Test(request)
@@ -79,6 +83,10 @@ class Mesh:
     whole: Communicator
     weights: Communicator
     tokens: Communicator
+
+    def progress(self, block: int, slot: int) -> None:
+        """Let messages under way move on, along both axes."""
+        self.whole.progress(block, slot)
 
     @property
     def phase(self) -> tuple[str, str]:

@@ -5,9 +5,11 @@ This is the only file that imports mpi4py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -18,8 +20,10 @@ import numpy as np
 
 from ..errors import MessageError, UserError
 from .communicator import Communicator, Request
+from .link import Link
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
+HELP_EVERY = 200e-6  # seconds between two looks of a thread that helps messages on
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -42,18 +46,38 @@ class MPICommunicator(Communicator):
     that is checked on each side only: a float32 message for a float64 array is caught as one of the wrong size, but an
     int64 message for it is not. Virtual ranks compare both ends."""
 
-    def __init__(self, mpi: Any) -> None:
+    def __init__(self, mpi: Any, synchronous: bool = False) -> None:
+        """synchronous: every Isend is an Issend, which no library completes before its receive has begun."""
         self.mpi = mpi.COMM_WORLD.Dup()
         super().__init__(self.mpi.Get_rank(), self.mpi.Get_size())
         self._library = mpi
+        self._send = self.mpi.Issend if synchronous else self.mpi.Isend
         self._status = mpi.Status()
         node = self.mpi.Split_type(mpi.COMM_TYPE_SHARED)
         self._crowded = node.Get_size() > _cores()
         node.Free()
 
+    def travel_by(self, progress: str, link: Link | None) -> None:
+        """With `thread`, a second thread of this rank looks after messages while NumPy computes, and Python is free."""
+        super().travel_by(progress, link)
+        if progress == "thread":
+            level = self._library.Query_thread()
+            if level < self._library.THREAD_SERIALIZED:
+                raise UserError(f"--progress thread needs an MPI that lets two threads call it, and this one gives "
+                                f"thread level {level} of {self._library.THREAD_MULTIPLE}: use --progress poll")
+            self._lock = threading.RLock()
+            threading.Thread(target=self._help_on, daemon=True).start()
+
+    def _help_on(self) -> None:
+        while self.progress_mode == "thread":
+            for request in list(self._open.values()):
+                with contextlib.suppress(MessageError):  # it is raised again where the message is waited for
+                    self._advance(request)
+            time.sleep(HELP_EVERY)
+
     def _start(self, request: Request) -> None:
         buffer = [request.array, self._library.BYTE]
-        start = self.mpi.Isend if request.verb == "send" else self.mpi.Irecv
+        start = self._send if request.verb == "send" else self.mpi.Irecv
         try:
             request.handle = start(buffer, request.peer, int(request.tag))
         except self._library.Exception as error:

@@ -18,8 +18,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..arrays import Array
-from ..errors import MessageError
+from ..errors import MessageError, UserError
 from .communicator import Communicator, Request
+from .link import Link
 
 Result = TypeVar("Result")
 
@@ -35,6 +36,12 @@ class VirtualCommunicator(Communicator):
         super().__init__(rank, world.size)
         self.world = world
 
+    def travel_by(self, progress: str, link: Link | None) -> None:
+        """As for real ranks, but only one virtual rank runs at a time, so no thread can help it."""
+        if progress == "thread":
+            raise UserError("--progress thread is for real ranks: use mpirun, or --progress poll")
+        super().travel_by(progress, link)
+
     def _start(self, request: Request) -> None:
         self.world.post(request)
 
@@ -45,10 +52,20 @@ class VirtualCommunicator(Communicator):
             raise request.handle
         return True
 
+    def progress(self, block: int, slot: int) -> None:
+        """Let one message be delivered, if progress is asked for."""
+        if self.progress_mode == "poll":
+            self.world.deliver()
+        super().progress(block, slot)
+
     def Test(self, request: Request) -> bool:
         """Whether the message is complete; before it answers, one message is delivered and others have a turn."""
         self.world.deliver()
+        if self.timeline is not None:
+            self.timeline.wait()
         self.world.yield_turn(self.rank, [])
+        if self.timeline is not None:
+            self.timeline.resume(None)
         return super().Test(request)
 
     def _pause(self, requests: list[Request], polls: int) -> None:
