@@ -370,12 +370,12 @@ def take_one_axis_for_the_other(monkeypatch):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of what was never received
 @pytest.mark.parametrize("mesh", ["2x2", "2x4"])
 @pytest.mark.parametrize("mutate", [take_one_axis_for_the_other, *map(give_the_other_axis_to, (
-    "all_reduce_tiles", "all_gather_keys_values", "reduce_scatter_keys_values", "ReduceToOwner", "all_gather_gradients",
-    "all_reduce"))], ids=lambda part: part.__name__)
+    "AllReduceTiles", "GatherKeysValues", "ScatterKeysValues", "ReduceToOwner", "all_gather_gradients", "all_reduce",
+    ))], ids=lambda part: part.__name__)
 def test_a_wrong_axis_turns_the_digest_red(mutate, mesh, monkeypatch):
     mutate(monkeypatch)
-    # Other bits, another shape, a piece that comes twice, or a loss that is not a number.
-    with pytest.raises((AssertionError, MessageError, ValueError, AgreedError)):
+    # Other bits, another shape, a piece that comes twice, a rank that is not there, or a loss that is not a number.
+    with pytest.raises((AssertionError, MessageError, ValueError, IndexError, AgreedError)):
         bits_test("tp+sp", mesh)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .arrays import Array, Namespace, Tiles
 from .config import Config
 from .counted import CountedNumpy
@@ -41,6 +43,7 @@ class Model:
         self.xp = CountedNumpy(self.memory, self.work) if counted else xp
         self.grid = Grid(config.blocks, config.tiles, config.tile_len, weight_axis, token_axis, layout)
         self.recompute = recompute
+        self.coming: dict[int, Any] = {}  # by tag: weights that have set off to this rank for a part to come
         self.mask: Array = causal_mask(self.xp, config.tile_len, config.dtype)
         self.rotary: Tiles = {
             slot: rotary_table(self.xp, self.grid.tokens(slot).start, config.tile_len, config.head_dim,

@@ -4,10 +4,9 @@ The unit is an element of the model's dtype. Let N be the ranks of an axis, c_r 
 slots, and let a rank's pieces be the maximal subtrees that its leaves fill (`tree.cover`): one where N is a power of
 two that divides G and T and slots are dealt in zigzag order, a few elsewhere. Then rank r sends, of
 
-    a ring of blocks of E elements          N - 1 messages: all shards but that of its right neighbour, which goes no
-                                            further: (G - c_{r+1})·E
-    a broadcast of its own blocks           N - 1 messages: (N - 1)·c_r·E
-    an all-gather of keys and values        N - 1 messages: (N - 1)·k_r·E, with E = 2·B·(K/G)·s·e for a block and tile
+    a ring of blocks of E elements          G - c_{r+1} messages of E: all blocks but its right neighbour's own
+    a broadcast of its own blocks           (N - 1)·c_r messages of E
+    an all-gather of a block's keys/values  N - 1 messages of k_r·E, with E = 2·B·(K/G)·s·e for a tile
     a reduce to the blocks' owners          pieces·(blocks of others) messages of E
     an all-gather of the totals             (N - 1)·c_r messages of E
     an all-reduce of n tiles                exchange: pieces·(n - n_r) messages of E, where n_r are the tiles that it
@@ -80,20 +79,19 @@ class Axes:
     def ring(self, size: int) -> Traffic:
         """Blocks of `size` elements go round the weight axis."""
         rank, ranks = self.grid.weight_axis.rank, self.grid.weight_axis.size
-        passed_on = self.grid.num_blocks - len(self.grid.blocks_of((rank + 1) % ranks))
-        return Traffic(ranks - 1, passed_on * size)
+        return messages_of(self.grid.num_blocks - len(self.grid.blocks_of((rank + 1) % ranks)), size)
 
     def broadcast(self, size: int) -> Traffic:
         """This rank's blocks go to all others of the weight axis."""
-        return messages_of(self.grid.weight_axis.size - 1, len(self.grid.blocks) * size)
+        return messages_of((self.grid.weight_axis.size - 1) * len(self.grid.blocks), size)
 
-    def gather_keys_values(self, size: int, calls: list[int]) -> Traffic:
-        """Keys and values of this rank's slots go to all others of the token axis; each call is for some blocks."""
-        peers = self.grid.token_axis.size - 1
-        return Traffic(peers * len(calls), peers * sum(calls) * len(self.grid.slots) * size)
+    def gather_keys_values(self, size: int, blocks: int) -> Traffic:
+        """Keys and values of this rank's slots go to all others of the token axis, block by block."""
+        return messages_of((self.grid.token_axis.size - 1) * blocks, len(self.grid.slots) * size)
 
-    def scatter_keys_values(self, size: int, calls: list[int]) -> Traffic:
-        """Gradients of others' keys and values go to them, one message to each that this rank has some for.
+    def scatter_keys_values(self, size: int, blocks: int) -> Traffic:
+        """Gradients of others' keys and values go to them, for each block one message to each that this rank has some
+        for.
 
         Where all divides evenly, the rank at place r of N sends one piece for each tile of a peer that its queries
         see: for all tiles of the text's first half, and for those of the second half if its own are later, as are those
@@ -105,7 +103,7 @@ class Axes:
                 for slot in grid.slots_of(peer))
             for peer in range(grid.token_axis.size) if peer != grid.token_axis.rank
         ]
-        return Traffic(sum(map(bool, pieces)) * len(calls), sum(pieces) * sum(calls) * size)
+        return Traffic(sum(map(bool, pieces)) * blocks, sum(pieces) * blocks * size)
 
     def reduce(self, size: int, total: int, own: int) -> Traffic:
         """Of `total` blocks' gradients, all but the `own` that this rank sums leave it, in pieces."""
@@ -135,9 +133,8 @@ class Axes:
 def tsp_step(config: Config, grid: Grid) -> Step:
     """TSP: weights travel forward and again backward, keys and values likewise, gradients go home."""
     sizes, axes, layers = Sizes(config), Axes(grid), config.num_layers
-    owners = [len(grid.blocks_of(owner)) for owner in range(grid.weight_axis.size)]
     blocks, own = config.blocks, len(grid.blocks)
-    keys_values = axes.gather_keys_values(sizes.keys_values, owners)
+    keys_values = axes.gather_keys_values(sizes.keys_values, blocks)
     return {
         ("embedding", "forward", Tag.EMBEDDING_WEIGHTS): axes.ring(sizes.table),
         ("attention", "forward", Tag.ATTENTION_WEIGHTS): axes.broadcast(sizes.attention) * layers,
@@ -152,7 +149,7 @@ def tsp_step(config: Config, grid: Grid) -> Step:
         ("attention", "backward", Tag.ATTENTION_WEIGHTS): axes.broadcast(sizes.attention) * layers,
         ("attention", "backward", Tag.KEYS_VALUES): keys_values * layers,
         ("attention", "backward", Tag.KEYS_VALUES_GRADIENTS):
-            axes.scatter_keys_values(sizes.keys_values, owners) * layers,
+            axes.scatter_keys_values(sizes.keys_values, blocks) * layers,
         ("attention", "backward", Tag.ATTENTION_GRADIENTS): axes.reduce(sizes.attention, blocks, own) * layers,
         ("embedding", "backward", Tag.EMBEDDING_GRADIENTS): axes.reduce(sizes.table, blocks, own),
         ("gains", "backward", Tag.GAIN_GRADIENTS): axes.all_reduce_over_slots(sizes.gains),
@@ -162,12 +159,11 @@ def tsp_step(config: Config, grid: Grid) -> Step:
 
 def mesh_step(config: Config, grid: Grid) -> Step:
     """TP+SP, and so TP, whose axis of tokens has one rank, and SP, whose axis of weights has one: sums of tiles over
-    the axis of weights; keys, values and gradients over that of tokens, with one call for each block at hand."""
+    the axis of weights; keys, values and gradients over that of tokens, for each block at hand."""
     sizes, axes, layers = Sizes(config), Axes(grid), config.num_layers
     blocks = len(grid.blocks)
     own = len(share(blocks, grid.token_axis.rank, grid.token_axis.size))
-    each = [1] * blocks
-    sums, keys_values = axes.all_reduce_tiles(sizes.tile), axes.gather_keys_values(sizes.keys_values, each)
+    sums, keys_values = axes.all_reduce_tiles(sizes.tile), axes.gather_keys_values(sizes.keys_values, blocks)
 
     def gradients(size: int) -> Traffic:
         return axes.reduce(size, blocks, own) + axes.gather_totals(size, own)
@@ -185,7 +181,7 @@ def mesh_step(config: Config, grid: Grid) -> Step:
         ("mlp", "backward", Tag.MLP_SUMS): sums * layers,
         ("attention", "backward", Tag.KEYS_VALUES): keys_values * layers,
         ("attention", "backward", Tag.KEYS_VALUES_GRADIENTS):
-            axes.scatter_keys_values(sizes.keys_values, each) * layers,
+            axes.scatter_keys_values(sizes.keys_values, blocks) * layers,
         ("attention", "backward", Tag.ATTENTION_GRADIENTS): gradients(sizes.attention) * layers,
         ("attention", "backward", Tag.ATTENTION_SUMS): sums * layers,
         ("embedding", "backward", Tag.EMBEDDING_GRADIENTS): gradients(sizes.table),

@@ -10,75 +10,127 @@ that of a ring reduce-scatter; else a few pieces are sent where one would do (so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ..arrays import Array, Tiles
 from ..comm.communicator import Communicator, Request
 from ..grid import share
 from ..model import Model
-from ..tree import Node, Tree, cover
+from ..tree import Node, Tree, add, cover
 from .tags import Tag
 
+Item = TypeVar("Item")
 
-def all_gather_keys_values(comm: Communicator, model: Model, own: Array, tag: Tag) -> Array:
-    """All-gather keys and values of the heads at hand over the sequence, into the order of the text.
+AHEAD = 2
+"""How many blocks may be under way to or from a rank while it works on another."""
 
-    own [m, tiles, 2, B, K/G, s, e], of m blocks and this rank's tiles -> [m, 2, B, K/G, S, e].
+
+class GatherKeysValues:
+    """All-gather of the keys and values of one block of heads over the sequence. Made, it is under way; finish it when
+    they are needed.
+
+    own [tiles, 2, B, K/G, s, e], of this rank's tiles; it is being sent, so it must stay as it is.
     """
-    config, grid = model.config, model.grid
-    blocks, _, *pair, length, head_dim = own.shape
-    whole = model.empty("buffers", blocks, *pair, config.seq_len, head_dim)  # [m, 2, B, K/G, S, e]
-    coming = {
-        peer: model.empty("buffers", blocks, len(grid.slots_of(peer)), *pair, length, head_dim) for peer in comm.others
-    }
-    requests = [comm.Irecv(coming[peer], peer, tag) for peer in comm.others]
-    requests += [comm.Isend(own, peer, tag) for peer in comm.others]
-    comm.Waitall(requests)
-    for peer, tiles in ({comm.rank: own} | coming).items():
-        for position, slot in enumerate(grid.slots_of(peer)):
-            whole[:, :, :, :, grid.tokens(slot)] = tiles[:, position]
-    return whole
+
+    def __init__(self, comm: Communicator, model: Model, own: Array, tag: Tag) -> None:
+        self.comm = comm
+        self.model = model
+        self.parts = {
+            peer: model.empty("buffers", len(model.grid.slots_of(peer)), *own.shape[1:]) for peer in comm.others}
+        self.requests = [comm.Irecv(part, peer, tag) for peer, part in self.parts.items()]
+        self.requests += [comm.Isend(own, peer, tag) for peer in comm.others]
+        self.parts[comm.rank] = own
+
+    def finish(self) -> Array:
+        """All keys and values in the order of the text [2, B, K/G, S, e]."""
+        grid = self.model.grid
+        _, *pair, _, head_dim = self.parts[self.comm.rank].shape
+        self.comm.Waitall(self.requests)
+        whole = self.model.empty("buffers", *pair, self.model.config.seq_len, head_dim)  # [2, B, K/G, S, e]
+        for peer, part in self.parts.items():
+            for position, slot in enumerate(grid.slots_of(peer)):
+                whole[:, :, :, grid.tokens(slot)] = part[position]
+        self.parts.clear()
+        return whole
 
 
-def reduce_scatter_keys_values(
-    comm: Communicator, model: Model, dkv: dict[tuple[int, int], Tree[Array]], tag: Tag
-) -> None:
-    """Reduce-scatter: the gradients of other ranks' keys and values go home, one message to each, and what the others
-    computed of this rank's is merged.
+class ScatterKeysValues:
+    """Reduce-scatter of the gradients of one block's keys and values: what this rank has computed of others' goes home,
+    one message to each, and what they have computed of its own is merged. Made, it is under way; finish it when the
+    gradients are needed.
 
-    dkv: (block, slot) -> a tree over the slots that read this slot's keys, with the leaves of this rank's slots;
-    leaves [2, B, K/G, s, e]. Afterwards the trees of this rank's own slots are complete. Sender and receiver both list
-    the pieces in the order of `dkv`, which is the same on every rank: that is how a piece finds its tree.
+    dkv: slot -> a tree over the slots that read this slot's keys, with the leaves of this rank's slots; leaves
+    [2, B, K/G, s, e]. Once finished, the trees of this rank's own slots are complete. Sender and receiver both list the
+    pieces in the order of `dkv`, which is the same on every rank: that is how a piece finds its tree.
     """
-    config, grid = model.config, model.grid
-    tile = (2, config.batch_size, config.kv_heads_per_block, config.tile_len, config.head_dim)
-    receives: list[Request] = []
-    places: list[list[tuple[Tree[Array], Node]]] = []
-    for peer in comm.others:
-        expected = [
-            (tree, node)
-            for (_, slot), tree in dkv.items() if slot in grid.slots
-            for node in cover(tree.leaves, tuple(leaf for leaf in grid.slots_of(peer) if leaf in tree.leaves))
-        ]
-        if expected:
-            places.append(expected)
-            receives.append(comm.Irecv(model.empty("buffers", len(expected), *tile), peer, tag))
-    sends = []
-    for peer in comm.others:
-        theirs = grid.slots_of(peer)
-        pieces = [piece for (_, slot), tree in dkv.items() if slot in theirs for _, piece in tree.pieces()]
-        if pieces:
-            # A piece is a slice of one tile out of a longer gradient; a message must be contiguous.
-            message = model.empty("buffers", len(pieces), *tile)
-            for position, piece in enumerate(pieces):
-                message[position] = piece
-            sends.append(comm.Isend(message, peer, tag))
-    while receives:
-        arrived = comm.Waitany(receives)
-        for (tree, (level, index)), piece in zip(places.pop(arrived), receives.pop(arrived).array):
-            tree.add(index, piece, level)
-    comm.Waitall(sends)
+
+    def __init__(self, comm: Communicator, model: Model, dkv: dict[int, Tree[Array]], tag: Tag) -> None:
+        self.comm = comm
+        self.receives: list[Request] = []
+        self.places: list[list[tuple[Tree[Array], Node]]] = []
+        config, grid = model.config, model.grid
+        tile = (2, config.batch_size, config.kv_heads_per_block, config.tile_len, config.head_dim)
+        for peer in comm.others:
+            expected = [
+                (tree, node)
+                for slot, tree in dkv.items() if slot in grid.slots
+                for node in cover(tree.leaves, tuple(leaf for leaf in grid.slots_of(peer) if leaf in tree.leaves))
+            ]
+            if expected:
+                self.places.append(expected)
+                self.receives.append(comm.Irecv(model.empty("buffers", len(expected), *tile), peer, tag))
+        self.sends: list[Request] = []
+        for peer in comm.others:
+            pieces = [piece for slot in grid.slots_of(peer) for _, piece in dkv[slot].pieces()]
+            if pieces:
+                # A piece is a slice of one tile out of a longer gradient; a message must be contiguous.
+                message = model.empty("buffers", len(pieces), *tile)
+                for position, piece in enumerate(pieces):
+                    message[position] = piece
+                self.sends.append(comm.Isend(message, peer, tag))
+
+    def finish(self) -> None:
+        """Merge what arrives, in the order in which it does."""
+        while self.receives:
+            arrived = self.comm.Waitany(self.receives)
+            for (tree, (level, index)), piece in zip(self.places.pop(arrived), self.receives.pop(arrived).array):
+                tree.add(index, piece, level)
+        self.comm.Waitall(self.sends)
+        self.sends.clear()
+
+
+def in_turn(owned: list[range], rank: int, steps: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """(owner, index) for all that the ranks own, in rounds of one of each owner's: `steps` says how many ranks back the
+    owners of a round are, one after the other."""
+    steps = list(steps)
+    for position in range(max(map(len, owned))):
+        for step in steps:
+            owner = (rank - step) % len(owned)
+            if position < len(owned[owner]):
+                yield owner, owned[owner][position]
+
+
+def own_last(size: int) -> list[int]:
+    """The steps of a backward's rounds: others' blocks, whose gradients have a way to go, before this rank's own."""
+    return [*range(1, size), 0]
+
+
+def when_own_is_last(own: range, rank: int, size: int) -> list[tuple[int, int]]:
+    """(rank, block) in the order in which others work on this rank's own, when each takes its own last."""
+    return [((rank + step) % size, block) for block in own for step in range(1, size)]
+
+
+def ahead(started: Iterable[Item]) -> Iterator[Item]:
+    """Each item only when the next one has been started: so one's messages travel under the work on the other."""
+    items = iter(started)
+    current = next(items)
+    for following in items:
+        yield current
+        current = following
+    yield current
 
 
 @dataclass
@@ -98,53 +150,67 @@ def merge_one(comm: Communicator, arrivals: list[Arrival]) -> None:
 
 
 class ReduceToOwner:
-    """Reduce: weight-gradient partials go straight home, to the rank that owns their blocks, which sums them.
+    """Reduce: weight-gradient partials go straight home, block by block, to the rank that sums them.
 
-    Call `send` for each owner's blocks in turn, this rank's own among them before the first `receive`; `receive` for
-    each rank that has computed some of this rank's; and `finish` at the end. Two rounds may be under way at a time, so
-    that one can travel under the computation of the next, and no rank ever holds more than two owners' partials, beside
-    those pieces of its own blocks that wait for another.
+    shape      of a block's gradient
+    expected   (rank, block): whose partials of which of this rank's blocks come, in the order in which they are sent
+
+    AHEAD sends, and AHEAD groups of receives, may be under way, so that they travel under the computation of the next
+    blocks; beside them a rank holds only those pieces of its own blocks that wait for another.
     """
 
-    def __init__(self, comm: Communicator, model: Model, tag: Tag) -> None:
+    def __init__(
+        self, comm: Communicator, model: Model, shape: tuple[int, ...], tag: Tag, expected: Iterable[tuple[int, int]]
+    ) -> None:
         self.comm = comm
         self.model = model
+        self.shape = shape
         self.tag = tag
-        self.trees: list[Tree[Array]] = []  # one for each block of this rank
-        self.arrivals: list[Arrival] = []
-        self.sends: list[Request] = []
+        self.expected = deque(expected)
+        self.trees: dict[int, Tree[Array]] = {}
+        self.arriving: deque[list[Arrival]] = deque()
+        self.leaving: deque[list[Request]] = deque()
 
-    def send(self, partials: list[Tree[Array]], owner: int) -> None:
-        """Isend the pieces of each of the owner's blocks, one tree over this rank's slots each."""
+    def send(self, owner: int, block: int, partial: Tree[Array]) -> None:
+        """Hand in what this rank has computed of a block: a tree over slots, with the leaves of its own."""
         if owner == self.comm.rank:
-            self.trees = partials
+            for (level, index), piece in partial.pieces():
+                self._tree(block).add(index, piece, level)
             return
-        previous = self.sends
-        self.sends = [self.comm.Isend(piece, owner, self.tag) for tree in partials for _, piece in tree.pieces()]
-        self.comm.Waitall(previous)
+        self.leaving.append([self.comm.Isend(piece, owner, self.tag) for _, piece in partial.pieces()])
+        if len(self.leaving) > AHEAD:
+            self.comm.Waitall(self.leaving.popleft())
 
-    def receive(self, peer: int) -> None:
-        """Irecv the pieces of this rank's blocks that `peer` has computed; merge those of earlier rounds."""
-        if peer == self.comm.rank:
-            return
-        grid = self.model.grid
-        nodes = cover(tuple(range(grid.num_tiles)), grid.slots_of(peer))
-        expected = []
-        for tree in self.trees:
-            shape = tree.pieces()[0][1].shape
-            for node in nodes:
-                piece = self.model.empty("buffers", *shape)
-                expected.append(Arrival(self.comm.Irecv(piece, peer, self.tag), tree, node))
-        self.arrivals += expected
-        while len(self.arrivals) > len(expected):
-            merge_one(self.comm, self.arrivals)
+    def receive(self, count: int) -> None:
+        """Irecv the next `count` of what is expected, as one group."""
+        nodes = [cover(tuple(range(self.model.grid.num_tiles)), self.model.grid.slots_of(peer))
+                 for peer in range(self.comm.size)]
+        group = [
+            Arrival(self.comm.Irecv(self.model.empty("buffers", *self.shape), peer, self.tag), self._tree(block), node)
+            for peer, block in (self.expected.popleft() for _ in range(min(count, len(self.expected))))
+            for node in nodes[peer]
+        ]
+        if group:
+            self.arriving.append(group)
+        if len(self.arriving) > AHEAD:
+            self._merge_oldest()
 
     def finish(self) -> list[Array]:
-        """The whole gradient of each block of this rank, when everything has arrived and left."""
-        while self.arrivals:
-            merge_one(self.comm, self.arrivals)
-        self.comm.Waitall(self.sends)
-        return [tree.total for tree in self.trees]
+        """The whole gradient of each of this rank's blocks, when everything has arrived and left."""
+        self.receive(len(self.expected))
+        while self.arriving:
+            self._merge_oldest()
+        while self.leaving:
+            self.comm.Waitall(self.leaving.popleft())
+        return [tree.total for _, tree in sorted(self.trees.items())]
+
+    def _tree(self, block: int) -> Tree[Array]:
+        return self.trees.setdefault(block, Tree(range(self.model.grid.num_tiles)))
+
+    def _merge_oldest(self) -> None:
+        arrivals = self.arriving.popleft()
+        while arrivals:
+            merge_one(self.comm, arrivals)
 
 
 def all_gather_gradients(comm: Communicator, gradients: Array, totals: list[Array], tag: Tag) -> None:
@@ -162,41 +228,77 @@ def all_gather_gradients(comm: Communicator, gradients: Array, totals: list[Arra
     comm.Waitall(requests)
 
 
-def all_reduce_tiles(comm: Communicator, model: Model, partials: dict[int, Tree[Array]], tag: Tag) -> Tiles:
-    """All-reduce of what every rank has computed with its own blocks: an exchange to the rank that sums, and a gather.
+class AllReduceTiles:
+    """All-reduce of what every rank computes with its own blocks, tile by tile: an exchange to the rank that sums, and
+    a gather. A slot's sum sets off when all blocks of this rank are in it, and travels under the work on the next slot.
 
-    partials: slot -> a tree over all blocks, with the leaves of this rank's. The slots are dealt to the ranks, and each
-    sums its own, one after the other: the others' pieces come to it, and the total goes to all. So no rank receives
-    more than one tile at a time from another; totals are received in the place of the pieces that were sent for them.
+    order  the slots, dealt to the ranks that sum them and then taken in rounds, one of each rank's: complete them so
+
+    AHEAD slots are under way to the ranks that sum, and as many totals from them. A total is received in the place of
+    the piece that was sent for it.
     """
-    grid = model.grid
-    slots = sorted(partials)
-    summed_by = [[slots[index] for index in share(len(slots), rank, comm.size)] for rank in range(comm.size)]
-    output: Tiles = {}
-    for turn in range(max(map(len, summed_by))):
-        sums = {rank: theirs[turn] for rank, theirs in enumerate(summed_by) if turn < len(theirs)}
-        mine = sums.pop(comm.rank, None)
-        arrivals = [] if mine is None else [
-            Arrival(comm.Irecv(model.empty("buffers", *_shape(partials[mine])), peer, tag), partials[mine], node)
-            for peer in comm.others
-            for node in cover(partials[mine].leaves, tuple(grid.blocks_of(peer)))
-        ]
-        sends = [comm.Isend(piece, rank, tag) for rank, slot in sums.items() for _, piece in partials[slot].pieces()]
+
+    def __init__(
+        self, comm: Communicator, model: Model, tag: Tag, merge: Callable[[Array, Array], Array] = add
+    ) -> None:
+        self.comm = comm
+        self.model = model
+        self.tag = tag
+        slots = model.grid.slots
+        self.trees = {slot: Tree[Array](range(model.grid.num_blocks), merge) for slot in slots}
+        self.missing = dict.fromkeys(slots, len(model.grid.blocks))
+        dealt = [share(len(slots), rank, comm.size) for rank in range(comm.size)]
+        turns = list(in_turn(dealt, 0, range(0, -comm.size, -1)))
+        self.order = [slots[index] for _, index in turns]
+        self.summed_by = {slots[index]: rank for rank, index in turns}
+        self.output: Tiles = {}
+        self.exchanged: deque[tuple[int, Tree[Array], list[Arrival], list[Request]]] = deque()
+        self.gathered: deque[list[Request]] = deque()
+
+    def add(self, slot: int, block: int, leaf: Array) -> None:
+        """What this rank has computed of a slot with one of its blocks."""
+        self.trees[slot].add(block, leaf)
+        self.missing[slot] -= 1
+        if self.missing[slot] == 0:
+            self._set_off(slot, self.trees.pop(slot))
+
+    def _set_off(self, slot: int, partial: Tree[Array]) -> None:
+        arrivals: list[Arrival] = []
+        sends: list[Request] = []
+        if self.summed_by[slot] == self.comm.rank:
+            shape = partial.pieces()[0][1].shape
+            arrivals = [
+                Arrival(self.comm.Irecv(self.model.empty("buffers", *shape), peer, self.tag), partial, node)
+                for peer in self.comm.others
+                for node in cover(partial.leaves, tuple(self.model.grid.blocks_of(peer)))
+            ]
+        else:
+            sends = [self.comm.Isend(piece, self.summed_by[slot], self.tag) for _, piece in partial.pieces()]
+        self.exchanged.append((slot, partial, arrivals, sends))
+        if len(self.exchanged) > AHEAD:
+            self._gather_oldest()
+
+    def finish(self) -> Tiles:
+        """The totals of all slots, on every rank."""
+        while self.exchanged:
+            self._gather_oldest()
+        while self.gathered:
+            self.comm.Waitall(self.gathered.popleft())
+        return {slot: self.output[slot] for slot in self.model.grid.slots}
+
+    def _gather_oldest(self) -> None:
+        slot, partial, arrivals, sends = self.exchanged.popleft()
         while arrivals:
-            merge_one(comm, arrivals)
-        comm.Waitall(sends)
-        output |= {slot: partials[slot].pieces()[0][1] for slot in sums.values()}
-        requests = [comm.Irecv(output[slot], rank, tag) for rank, slot in sums.items()]
-        if mine is not None:
-            output[mine] = partials[mine].total
-            requests += [comm.Isend(output[mine], peer, tag) for peer in comm.others]
-        comm.Waitall(requests)
-    return {slot: output[slot] for slot in slots}
-
-
-def _shape(tree: Tree[Array]) -> tuple[int, ...]:
-    """The shape of what is summed."""
-    return tuple(tree.pieces()[0][1].shape)
+            merge_one(self.comm, arrivals)
+        self.comm.Waitall(sends)
+        if self.summed_by[slot] == self.comm.rank:
+            self.output[slot] = partial.total
+            self.gathered.append([self.comm.Isend(partial.total, peer, self.tag) for peer in self.comm.others])
+        else:
+            self.output[slot] = partial.pieces()[0][1]
+            self.gathered.append([self.comm.Irecv(self.output[slot], self.summed_by[slot], self.tag)])
+        if len(self.gathered) > AHEAD:
+            self.comm.Waitall(self.gathered.popleft())
 
 
 def all_reduce(

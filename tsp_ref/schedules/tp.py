@@ -38,7 +38,7 @@ from ..parameters import Parameters, attention_views, mlp_views
 from ..phase import phase
 from ..tilewise import add_residual, forget, normalise, normalise_backward, squares
 from ..tree import Tree
-from .collectives import all_reduce, all_reduce_tiles
+from .collectives import AllReduceTiles, all_reduce
 from .tags import Tag
 
 
@@ -50,13 +50,13 @@ def place(comm: Communicator) -> tuple[Place, Place]:
 @phase("embedding", "forward")
 def embedding_forward(comm: Communicator, model: Model, tokens: Tiles, weights: Parameters) -> Tiles:
     """tokens: slot -> [B, s]. Returns slot -> [B, s, h]."""
-    config, grid, xp = model.config, model.grid, model.xp
-    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    for block, table in zip(grid.blocks, weights.embedding):
-        for slot in grid.slots:
-            output[slot].add(block, embed_forward(xp, tokens[slot], table, block * len(table)))
-    summed = all_reduce_tiles(comm, model, output, Tag.EMBEDDING_SUMS)
-    return {slot: model.memory.track("activations", summed[slot]) for slot in grid.slots}
+    grid, xp = model.grid, model.xp
+    sums = AllReduceTiles(comm, model, Tag.EMBEDDING_SUMS)
+    for slot in sums.order:
+        for block, table in zip(grid.blocks, weights.embedding):
+            comm.progress(block, slot)
+            sums.add(slot, block, embed_forward(xp, tokens[slot], table, block * len(table)))
+    return {slot: model.memory.track("activations", total) for slot, total in sums.finish().items()}
 
 
 @phase("embedding", "backward")
@@ -68,6 +68,7 @@ def embedding_backward(
     for block, out in zip(grid.blocks, gradients.embedding):
         dtable = Tree[Array](range(config.tiles))
         for slot in grid.slots:
+            comm.progress(block, slot)
             leaf = model.empty("working", *weights.embedding.shape[1:])
             embed_backward(xp, dx[slot], tokens[slot], block * len(leaf), out=leaf)
             dtable.add(slot, leaf)
@@ -84,26 +85,30 @@ def attention_forward(
     """
     config, grid, xp, track = model.config, model.grid, model.xp, model.memory.track
     normed = normalise(model, x, weights.gains[2 * layer])
-    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    sums = AllReduceTiles(comm, model, Tag.ATTENTION_SUMS)
     saved = AttentionSaved(x)
     for block, packed in zip(grid.blocks, weights.attention[layer]):
-        wqkv, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+        wqkv, _ = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
         keys_values = model.empty(
             "activations", 2, config.batch_size, config.kv_heads_per_block, config.seq_len, config.head_dim)
         saved.keys_values[block] = keys_values
         for slot in grid.slots:
+            comm.progress(block, slot)
             q, k, v = qkv_forward(xp, normed[slot], wqkv, model.rotary[slot], config.group_size)
             saved.q[block, slot] = track("activations", q)
             keys_values[0, :, :, grid.tokens(slot)] = k
             keys_values[1, :, :, grid.tokens(slot)] = v
             saved.tile_keys_values[block, slot] = keys_values[:, :, :, grid.tokens(slot)]
-        for slot in grid.slots:
-            k, v = keys_values[:, :, :, : grid.visible(slot)]  # [2, B, K/G, S, e] -> [B, K/G, n, e], [B, K/G, n, e]
+    for slot in sums.order:
+        for block, packed in zip(grid.blocks, weights.attention[layer]):
+            comm.progress(block, slot)
+            _, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+            k, v = saved.keys_values[block][:, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
             heads, logsumexp = attend_forward(xp, saved.q[block, slot], k, v, model.mask)
-            output[slot].add(block, out_forward(xp, heads, wo, config.tile_len))
+            sums.add(slot, block, out_forward(xp, heads, wo, config.tile_len))
             saved.heads[block, slot] = track("activations", heads)
             saved.logsumexp[block, slot] = track("activations", logsumexp)
-    return add_residual(model, x, all_reduce_tiles(comm, model, output, Tag.ATTENTION_SUMS)), saved
+    return add_residual(model, x, sums.finish()), saved
 
 
 @phase("attention", "backward")
@@ -115,12 +120,13 @@ def attention_backward(
     config, grid, xp = model.config, model.grid, model.xp
     gain = weights.gains[2 * layer]
     normed = normalise(model, saved.x, gain)
-    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    sums = AllReduceTiles(comm, model, Tag.ATTENTION_SUMS)
     for block, packed, out in zip(grid.blocks, weights.attention[layer], gradients.attention[layer]):
         wqkv, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
         dq: Tiles = {}
         dkv = {slot: Tree[Array](grid.readers(slot)) for slot in grid.slots}
         for slot in grid.slots:
+            comm.progress(block, slot)
             k, v = saved.keys_values[block][:, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
             heads = saved.heads[block, slot]
             dheads = out_backward(xp, dy[slot], heads, wo, config.tile_len)  # -> [B, K/G, g*s, e]
@@ -130,17 +136,17 @@ def attention_backward(
                 if slot in tree.leaves:
                     tree.add(slot, dkeys[:, :, :, grid.tokens(seen)])
         dweights = Tree[Array](range(config.tiles))
-        for slot in grid.slots:
+        for slot in sums.order:
+            comm.progress(block, slot)
             leaf = model.empty("working", packed.size)
             dwqkv, dwo = attention_views(config, leaf)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
             dk, dv = dkv[slot].total  # -> [B, K/G, s, e], [B, K/G, s, e]
-            dnormed[slot].add(block, qkv_backward(
+            sums.add(slot, block, qkv_backward(
                 xp, dq[slot], dk, dv, normed[slot], wqkv, model.rotary[slot], out=dwqkv))
             out_backward_weight(xp, dy[slot], saved.heads[block, slot], out=dwo)
             dweights.add(slot, leaf)
         out[...] = dweights.total
-    summed = all_reduce_tiles(comm, model, dnormed, Tag.ATTENTION_SUMS)
-    dx = normalise_backward(model, summed, saved.x, gain, dgain, 2 * layer)
+    dx = normalise_backward(model, sums.finish(), saved.x, gain, dgain, 2 * layer)
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
 
 
@@ -151,15 +157,16 @@ def mlp_forward(
     """x plus the gated feed-forward part of the normalised x: slot -> [B, s, h]."""
     config, grid, xp = model.config, model.grid, model.xp
     normed = normalise(model, x, weights.gains[2 * layer + 1])
-    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    sums = AllReduceTiles(comm, model, Tag.MLP_SUMS)
     saved = MlpSaved(x)
-    for block, packed in zip(grid.blocks, weights.mlp[layer]):
-        gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
-        for slot in grid.slots:
+    for slot in sums.order:
+        for block, packed in zip(grid.blocks, weights.mlp[layer]):
+            comm.progress(block, slot)
+            gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
             y, projected = swiglu_forward(xp, normed[slot], gate_up, down)  # -> [B, s, h], [B*s, 2*f/G]
-            output[slot].add(block, y)
+            sums.add(slot, block, y)
             saved.projected[block, slot] = model.memory.track("activations", projected)
-    return add_residual(model, x, all_reduce_tiles(comm, model, output, Tag.MLP_SUMS)), saved
+    return add_residual(model, x, sums.finish()), saved
 
 
 @phase("mlp", "backward")
@@ -171,19 +178,19 @@ def mlp_backward(
     config, grid, xp = model.config, model.grid, model.xp
     gain = weights.gains[2 * layer + 1]
     normed = normalise(model, saved.x, gain)
-    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    sums = AllReduceTiles(comm, model, Tag.MLP_SUMS)
     for block, packed, out in zip(grid.blocks, weights.mlp[layer], gradients.mlp[layer]):
         gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
         dweights = Tree[Array](range(config.tiles))
-        for slot in grid.slots:
+        for slot in sums.order:
+            comm.progress(block, slot)
             leaf = model.empty("working", packed.size)
             projected = saved.projected[block, slot]
-            dnormed[slot].add(block, swiglu_backward(
+            sums.add(slot, block, swiglu_backward(
                 xp, dy[slot], normed[slot], gate_up, down, projected, out=mlp_views(config, leaf)))
             dweights.add(slot, leaf)
         out[...] = dweights.total
-    summed = all_reduce_tiles(comm, model, dnormed, Tag.MLP_SUMS)
-    dx = normalise_backward(model, summed, saved.x, gain, dgain, 2 * layer + 1)
+    dx = normalise_backward(model, sums.finish(), saved.x, gain, dgain, 2 * layer + 1)
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
 
 
@@ -192,14 +199,15 @@ def head_forward(
     comm: Communicator, model: Model, x: Tiles, targets: Tiles, weights: Parameters
 ) -> tuple[float, HeadSaved]:
     """The mean cross-entropy over all tokens, in nats. The logits exist for one block of the vocabulary at a time."""
-    config, grid, xp = model.config, model.grid, model.xp
+    grid, xp = model.grid, model.xp
     normed = normalise(model, x, weights.gains[-1])
-    triples = {slot: Tree[Array](range(config.blocks), partial(merge_triples, xp)) for slot in grid.slots}
-    for block, table in zip(grid.blocks, weights.head_table):
-        for slot in grid.slots:
-            triples[slot].add(block, logits_forward(xp, normed[slot], table, targets[slot], block * len(table)))
+    exchange = AllReduceTiles(comm, model, Tag.HEAD_SUMS, partial(merge_triples, xp))
+    for slot in exchange.order:
+        for block, table in zip(grid.blocks, weights.head_table):
+            comm.progress(block, slot)
+            exchange.add(slot, block, logits_forward(xp, normed[slot], table, targets[slot], block * len(table)))
     saved = HeadSaved(x)
-    merged = all_reduce_tiles(comm, model, triples, Tag.HEAD_SUMS)
+    merged = exchange.finish()
     sums: Tiles = {}
     for slot in grid.slots:
         losses, logsumexp = token_losses(xp, merged[slot])  # -> [B*s], [B*s]
@@ -217,17 +225,17 @@ def head_backward(
     config, grid, xp = model.config, model.grid, model.xp
     scale = 1.0 / (config.batch_size * config.seq_len)
     normed = normalise(model, saved.x, weights.gains[-1])
-    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    sums = AllReduceTiles(comm, model, Tag.HEAD_SUMS)
     for block, table, out in zip(grid.blocks, weights.head_table, gradients.head_table):
         dtable = Tree[Array](range(config.tiles))
-        for slot in grid.slots:
+        for slot in sums.order:
+            comm.progress(block, slot)
             leaf = model.empty("working", *table.shape)
-            dnormed[slot].add(block, logits_backward(
+            sums.add(slot, block, logits_backward(
                 xp, scale, normed[slot], table, targets[slot], block * len(table), saved.logsumexp[slot], out=leaf))
             dtable.add(slot, leaf)
         out[...] = dtable.total
-    summed = all_reduce_tiles(comm, model, dnormed, Tag.HEAD_SUMS)
-    return normalise_backward(model, summed, saved.x, weights.gains[-1], dgain, -1)
+    return normalise_backward(model, sums.finish(), saved.x, weights.gains[-1], dgain, -1)
 
 
 @phase("loss", "forward")

@@ -13,6 +13,7 @@ Read beside `reference.single`: the same functions in the same order; what diffe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 from ..activations import AttentionSaved, HeadSaved, MlpSaved, Saved
@@ -37,12 +38,16 @@ from ..phase import phase
 from ..tilewise import add_residual, forget, normalise, normalise_backward, squares
 from ..tree import Tree
 from .collectives import (
+    AllReduceTiles,
+    GatherKeysValues,
     ReduceToOwner,
+    ScatterKeysValues,
+    ahead,
     all_gather_gradients,
-    all_gather_keys_values,
     all_reduce,
-    all_reduce_tiles,
-    reduce_scatter_keys_values,
+    in_turn,
+    own_last,
+    when_own_is_last,
 )
 from .tags import Tag
 
@@ -55,13 +60,13 @@ def place(mesh: Mesh) -> tuple[Place, Place]:
 @phase("embedding", "forward")
 def embedding_forward(mesh: Mesh, model: Model, tokens: Tiles, weights: Parameters) -> Tiles:
     """tokens: slot -> [B, s]. Returns slot -> [B, s, h]."""
-    config, grid, xp = model.config, model.grid, model.xp
-    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    for block, table in zip(grid.blocks, weights.embedding):
-        for slot in grid.slots:
-            output[slot].add(block, embed_forward(xp, tokens[slot], table, block * len(table)))
-    summed = all_reduce_tiles(mesh.weights, model, output, Tag.EMBEDDING_SUMS)
-    return {slot: model.memory.track("activations", summed[slot]) for slot in grid.slots}
+    grid, xp = model.grid, model.xp
+    sums = AllReduceTiles(mesh.weights, model, Tag.EMBEDDING_SUMS)
+    for slot in sums.order:
+        for block, table in zip(grid.blocks, weights.embedding):
+            mesh.progress(block, slot)
+            sums.add(slot, block, embed_forward(xp, tokens[slot], table, block * len(table)))
+    return {slot: model.memory.track("activations", total) for slot, total in sums.finish().items()}
 
 
 @phase("embedding", "backward")
@@ -70,19 +75,18 @@ def embedding_backward(
 ) -> None:
     """Writes the embedding's gradient; where the head is tied to it, adds to what the head has written."""
     config, grid, xp = model.config, model.grid, model.xp
-    home = ReduceToOwner(mesh.tokens, model, Tag.EMBEDDING_GRADIENTS)
-    for step in range(mesh.tokens.size):
-        owner = (mesh.tokens.rank - step) % mesh.tokens.size
-        partials = []
-        for position in share(len(grid.blocks), owner, mesh.tokens.size):
-            dtable = Tree[Array](range(config.tiles))
-            for slot in grid.slots:
-                leaf = model.empty("working", *weights.embedding.shape[1:])
-                embed_backward(xp, dx[slot], tokens[slot], grid.blocks[position] * len(leaf), out=leaf)
-                dtable.add(slot, leaf)
-            partials.append(dtable)
-        home.send(partials, owner)
-        home.receive((mesh.tokens.rank + step) % mesh.tokens.size)
+    summed_by = [share(len(grid.blocks), rank, mesh.tokens.size) for rank in range(mesh.tokens.size)]
+    expected = when_own_is_last(summed_by[mesh.tokens.rank], mesh.tokens.rank, mesh.tokens.size)
+    home = ReduceToOwner(mesh.tokens, model, weights.embedding.shape[1:], Tag.EMBEDDING_GRADIENTS, expected)
+    for owner, position in in_turn(summed_by, mesh.tokens.rank, own_last(mesh.tokens.size)):
+        dtable = Tree[Array](range(config.tiles))
+        for slot in grid.slots:
+            mesh.progress(grid.blocks[position], slot)
+            leaf = model.empty("working", *weights.embedding.shape[1:])
+            embed_backward(xp, dx[slot], tokens[slot], grid.blocks[position] * len(leaf), out=leaf)
+            dtable.add(slot, leaf)
+        home.send(owner, position, dtable)
+        home.receive(int(owner != mesh.tokens.rank))
     mine = share(len(grid.blocks), mesh.tokens.rank, mesh.tokens.size)
     summed = [gradients.embedding[position] + total if config.tied_head else total
               for position, total in zip(mine, home.finish())]
@@ -95,32 +99,39 @@ def attention_forward(
 ) -> tuple[Tiles, AttentionSaved]:
     """x plus the attention of the normalised x: slot -> [B, s, h].
 
-    Kept keys and values: block -> [1, tiles, 2, B, K/G, s, e], this rank's tokens only.
+    Kept keys and values: block -> [tiles, 2, B, K/G, s, e], this rank's tokens only. Those of one block are exchanged
+    while the block before it is attended with.
     """
     config, grid, xp, track = model.config, model.grid, model.xp, model.memory.track
     normed = normalise(model, x, weights.gains[2 * layer])
-    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    sums = AllReduceTiles(mesh.weights, model, Tag.ATTENTION_SUMS)
     saved = AttentionSaved(x)
-    for block, packed in zip(grid.blocks, weights.attention[layer]):
-        wqkv, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-        own = model.empty("activations", 1, len(grid.slots), 2, config.batch_size,
-                          config.kv_heads_per_block, config.tile_len, config.head_dim)
-        saved.keys_values[block] = own
-        for tile, slot in enumerate(grid.slots):
-            q, k, v = qkv_forward(xp, normed[slot], wqkv, model.rotary[slot], config.group_size)
-            saved.q[block, slot] = track("activations", q)
-            own[0, tile, 0] = k
-            own[0, tile, 1] = v
-            saved.tile_keys_values[block, slot] = own[0, tile]
-        keys_values = all_gather_keys_values(mesh.tokens, model, own, Tag.KEYS_VALUES)[0]  # -> [2, B, K/G, S, e]
-        for slot in grid.slots:
-            k, v = keys_values[:, :, :, : grid.visible(slot)]  # [2, B, K/G, S, e] -> [B, K/G, n, e], [B, K/G, n, e]
+
+    def projected() -> Iterator[tuple[int, Array, GatherKeysValues]]:
+        for block, packed in zip(grid.blocks, weights.attention[layer]):
+            wqkv, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+            own = model.empty("activations", len(grid.slots), 2, config.batch_size,
+                              config.kv_heads_per_block, config.tile_len, config.head_dim)
+            saved.keys_values[block] = own
+            for tile, slot in enumerate(grid.slots):
+                mesh.progress(block, slot)
+                q, own[tile, 0], own[tile, 1] = qkv_forward(
+                    xp, normed[slot], wqkv, model.rotary[slot], config.group_size)
+                saved.q[block, slot] = track("activations", q)
+                saved.tile_keys_values[block, slot] = own[tile]
+            yield block, wo, GatherKeysValues(mesh.tokens, model, own, Tag.KEYS_VALUES)
+
+    for block, wo, exchange in ahead(projected()):
+        keys_values = exchange.finish()  # -> [2, B, K/G, S, e]
+        for slot in sums.order:
+            mesh.progress(block, slot)
+            k, v = keys_values[:, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
             heads, logsumexp = attend_forward(xp, saved.q[block, slot], k, v, model.mask)
-            output[slot].add(block, out_forward(xp, heads, wo, config.tile_len))
+            sums.add(slot, block, out_forward(xp, heads, wo, config.tile_len))
             saved.heads[block, slot] = track("activations", heads)
             saved.logsumexp[block, slot] = track("activations", logsumexp)
-        del keys_values, k, v  # before the next block's are gathered
-    return add_residual(model, x, all_reduce_tiles(mesh.weights, model, output, Tag.ATTENTION_SUMS)), saved
+        del keys_values, k, v  # before the next block's are put together
+    return add_residual(model, x, sums.finish()), saved
 
 
 @phase("attention", "backward")
@@ -130,49 +141,60 @@ def attention_backward(
 ) -> Tiles:
     """dy: slot -> [B, s, h]. Returns dx; writes the layer's attention gradients and the tiles' gain gradients.
 
-    Keys and values travel again; their gradients go home to the tokens' rank before the weights' can be formed.
+    Keys and values travel again, those of the next block while this one is attended with. Their gradients go home to
+    the tokens' rank under the next block's attention; only then can those of the block's weights be formed.
     """
     config, grid, xp = model.config, model.grid, model.xp
     gain = weights.gains[2 * layer]
     normed = normalise(model, saved.x, gain)
-    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    home = ReduceToOwner(mesh.tokens, model, Tag.ATTENTION_GRADIENTS)
-    for owner in range(mesh.tokens.size):
-        partials = []
-        for position in share(len(grid.blocks), owner, mesh.tokens.size):
-            block, packed = grid.blocks[position], weights.attention[layer][position]
-            wqkv, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-            keys_values = all_gather_keys_values(mesh.tokens, model, saved.keys_values[block], Tag.KEYS_VALUES)[0]
+    sums = AllReduceTiles(mesh.weights, model, Tag.ATTENTION_SUMS)
+    summed_by = [share(len(grid.blocks), rank, mesh.tokens.size) for rank in range(mesh.tokens.size)]
+    expected = [(peer, position) for position in summed_by[mesh.tokens.rank] for peer in mesh.tokens.others]
+    home = ReduceToOwner(mesh.tokens, model, weights.attention[layer].shape[1:], Tag.ATTENTION_GRADIENTS, expected)
+    order = list(in_turn(summed_by, 0, range(0, -mesh.tokens.size, -1)))  # the same on all ranks
+
+    def gathered() -> Iterator[GatherKeysValues]:
+        for _, position in order:
+            yield GatherKeysValues(mesh.tokens, model, saved.keys_values[grid.blocks[position]], Tag.KEYS_VALUES)
+
+    def attended() -> Iterator[tuple[int, int, Tiles, dict[int, Tree[Array]], ScatterKeysValues]]:
+        for exchange, (owner, position) in zip(ahead(gathered()), order, strict=True):
+            block = grid.blocks[position]
+            _, wo = attention_views(config, weights.attention[layer][position])  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+            keys_values = exchange.finish()  # -> [2, B, K/G, S, e]
             dq: Tiles = {}
-            dkv = {(block, slot): Tree[Array](grid.readers(slot)) for slot in range(config.tiles)}
+            dkv = {slot: Tree[Array](grid.readers(slot)) for slot in range(config.tiles)}
             for slot in grid.slots:
+                mesh.progress(block, slot)
                 k, v = keys_values[:, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
                 heads = saved.heads[block, slot]
                 dheads = out_backward(xp, dy[slot], heads, wo, config.tile_len)  # -> [B, K/G, g*s, e]
                 dq[slot], dkeys = attend_backward(
                     xp, dheads, saved.q[block, slot], k, v, model.mask, heads, saved.logsumexp[block, slot])
-                for (_, seen), tree in dkv.items():
+                for seen, tree in dkv.items():
                     if slot in tree.leaves:
                         tree.add(slot, dkeys[:, :, :, grid.tokens(seen)])
-            del keys_values, k, v  # before the gradients travel, and the next block's are gathered
-            reduce_scatter_keys_values(mesh.tokens, model, dkv, Tag.KEYS_VALUES_GRADIENTS)
-            dweights = Tree[Array](range(config.tiles))
-            for slot in grid.slots:
-                leaf = model.empty("working", packed.size)
-                dwqkv, dwo = attention_views(config, leaf)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-                dk, dv = dkv[block, slot].total  # -> [B, K/G, s, e], [B, K/G, s, e]
-                dnormed[slot].add(block, qkv_backward(
-                    xp, dq[slot], dk, dv, normed[slot], wqkv, model.rotary[slot], out=dwqkv))
-                out_backward_weight(xp, dy[slot], saved.heads[block, slot], out=dwo)
-                dweights.add(slot, leaf)
-            partials.append(dweights)
-        home.send(partials, owner)
-        if owner == mesh.tokens.rank:
-            for peer in mesh.tokens.others:
-                home.receive(peer)
+            del keys_values, k, v, dkeys  # before the next block's are put together
+            yield owner, position, dq, dkv, ScatterKeysValues(mesh.tokens, model, dkv, Tag.KEYS_VALUES_GRADIENTS)
+
+    for owner, position, dq, dkv, exchange in ahead(attended()):
+        exchange.finish()
+        block, packed = grid.blocks[position], weights.attention[layer][position]
+        wqkv, _ = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+        dweights = Tree[Array](range(config.tiles))
+        for slot in sums.order:
+            mesh.progress(block, slot)
+            leaf = model.empty("working", packed.size)
+            dwqkv, dwo = attention_views(config, leaf)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+            dk, dv = dkv[slot].total  # -> [B, K/G, s, e], [B, K/G, s, e]
+            sums.add(slot, block, qkv_backward(
+                xp, dq[slot], dk, dv, normed[slot], wqkv, model.rotary[slot], out=dwqkv))
+            out_backward_weight(xp, dy[slot], saved.heads[block, slot], out=dwo)
+            dweights.add(slot, leaf)
+        home.send(owner, position, dweights)
+        home.receive(mesh.tokens.size - 1 if owner == mesh.tokens.rank else 0)
     all_gather_gradients(mesh.tokens, gradients.attention[layer], home.finish(), Tag.ATTENTION_GRADIENTS)
-    summed = all_reduce_tiles(mesh.weights, model, dnormed, Tag.ATTENTION_SUMS)
-    dx = normalise_backward(model, summed, saved.x, gain, dgain, 2 * layer)
+    dx = normalise_backward(model, sums.finish(), saved.x, gain, dgain, 2 * layer)
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
 
 
@@ -183,15 +205,16 @@ def mlp_forward(
     """x plus the gated feed-forward part of the normalised x: slot -> [B, s, h]."""
     config, grid, xp = model.config, model.grid, model.xp
     normed = normalise(model, x, weights.gains[2 * layer + 1])
-    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
+    sums = AllReduceTiles(mesh.weights, model, Tag.MLP_SUMS)
     saved = MlpSaved(x)
-    for block, packed in zip(grid.blocks, weights.mlp[layer]):
-        gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
-        for slot in grid.slots:
+    for slot in sums.order:
+        for block, packed in zip(grid.blocks, weights.mlp[layer]):
+            mesh.progress(block, slot)
+            gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
             y, projected = swiglu_forward(xp, normed[slot], gate_up, down)  # -> [B, s, h], [B*s, 2*f/G]
-            output[slot].add(block, y)
+            sums.add(slot, block, y)
             saved.projected[block, slot] = model.memory.track("activations", projected)
-    return add_residual(model, x, all_reduce_tiles(mesh.weights, model, output, Tag.MLP_SUMS)), saved
+    return add_residual(model, x, sums.finish()), saved
 
 
 @phase("mlp", "backward")
@@ -203,27 +226,25 @@ def mlp_backward(
     config, grid, xp = model.config, model.grid, model.xp
     gain = weights.gains[2 * layer + 1]
     normed = normalise(model, saved.x, gain)
-    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    home = ReduceToOwner(mesh.tokens, model, Tag.MLP_GRADIENTS)
-    for step in range(mesh.tokens.size):
-        owner = (mesh.tokens.rank - step) % mesh.tokens.size
-        partials = []
-        for position in share(len(grid.blocks), owner, mesh.tokens.size):
-            block, packed = grid.blocks[position], weights.mlp[layer][position]
-            gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
-            dweights = Tree[Array](range(config.tiles))
-            for slot in grid.slots:
-                leaf = model.empty("working", packed.size)
-                projected = saved.projected[block, slot]
-                dnormed[slot].add(block, swiglu_backward(
-                    xp, dy[slot], normed[slot], gate_up, down, projected, out=mlp_views(config, leaf)))
-                dweights.add(slot, leaf)
-            partials.append(dweights)
-        home.send(partials, owner)
-        home.receive((mesh.tokens.rank + step) % mesh.tokens.size)
+    sums = AllReduceTiles(mesh.weights, model, Tag.MLP_SUMS)
+    summed_by = [share(len(grid.blocks), rank, mesh.tokens.size) for rank in range(mesh.tokens.size)]
+    expected = when_own_is_last(summed_by[mesh.tokens.rank], mesh.tokens.rank, mesh.tokens.size)
+    home = ReduceToOwner(mesh.tokens, model, weights.mlp[layer].shape[1:], Tag.MLP_GRADIENTS, expected)
+    for owner, position in in_turn(summed_by, mesh.tokens.rank, own_last(mesh.tokens.size)):
+        block, packed = grid.blocks[position], weights.mlp[layer][position]
+        gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
+        dweights = Tree[Array](range(config.tiles))
+        for slot in sums.order:
+            mesh.progress(block, slot)
+            leaf = model.empty("working", packed.size)
+            projected = saved.projected[block, slot]
+            sums.add(slot, block, swiglu_backward(
+                xp, dy[slot], normed[slot], gate_up, down, projected, out=mlp_views(config, leaf)))
+            dweights.add(slot, leaf)
+        home.send(owner, position, dweights)
+        home.receive(int(owner != mesh.tokens.rank))
     all_gather_gradients(mesh.tokens, gradients.mlp[layer], home.finish(), Tag.MLP_GRADIENTS)
-    summed = all_reduce_tiles(mesh.weights, model, dnormed, Tag.MLP_SUMS)
-    dx = normalise_backward(model, summed, saved.x, gain, dgain, 2 * layer + 1)
+    dx = normalise_backward(model, sums.finish(), saved.x, gain, dgain, 2 * layer + 1)
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
 
 
@@ -232,14 +253,15 @@ def head_forward(
     mesh: Mesh, model: Model, x: Tiles, targets: Tiles, weights: Parameters
 ) -> tuple[float, HeadSaved]:
     """The mean cross-entropy over all tokens, in nats. The logits exist for one block of the vocabulary at a time."""
-    config, grid, xp = model.config, model.grid, model.xp
+    grid, xp = model.grid, model.xp
     normed = normalise(model, x, weights.gains[-1])
-    triples = {slot: Tree[Array](range(config.blocks), partial(merge_triples, xp)) for slot in grid.slots}
-    for block, table in zip(grid.blocks, weights.head_table):
-        for slot in grid.slots:
-            triples[slot].add(block, logits_forward(xp, normed[slot], table, targets[slot], block * len(table)))
+    exchange = AllReduceTiles(mesh.weights, model, Tag.HEAD_SUMS, partial(merge_triples, xp))
+    for slot in exchange.order:
+        for block, table in zip(grid.blocks, weights.head_table):
+            mesh.progress(block, slot)
+            exchange.add(slot, block, logits_forward(xp, normed[slot], table, targets[slot], block * len(table)))
     saved = HeadSaved(x)
-    merged = all_reduce_tiles(mesh.weights, model, triples, Tag.HEAD_SUMS)
+    merged = exchange.finish()
     sums: Tiles = {}
     for slot in grid.slots:
         losses, logsumexp = token_losses(xp, merged[slot])  # -> [B*s], [B*s]
@@ -257,25 +279,23 @@ def head_backward(
     config, grid, xp = model.config, model.grid, model.xp
     scale = 1.0 / (config.batch_size * config.seq_len)
     normed = normalise(model, saved.x, weights.gains[-1])
-    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    home = ReduceToOwner(mesh.tokens, model, Tag.HEAD_GRADIENTS)
-    for step in range(mesh.tokens.size):
-        owner = (mesh.tokens.rank - step) % mesh.tokens.size
-        partials = []
-        for position in share(len(grid.blocks), owner, mesh.tokens.size):
-            block, table = grid.blocks[position], weights.head_table[position]
-            dtable = Tree[Array](range(config.tiles))
-            for slot in grid.slots:
-                leaf = model.empty("working", *table.shape)
-                dnormed[slot].add(block, logits_backward(
-                    xp, scale, normed[slot], table, targets[slot], block * len(table), saved.logsumexp[slot], out=leaf))
-                dtable.add(slot, leaf)
-            partials.append(dtable)
-        home.send(partials, owner)
-        home.receive((mesh.tokens.rank + step) % mesh.tokens.size)
+    sums = AllReduceTiles(mesh.weights, model, Tag.HEAD_SUMS)
+    summed_by = [share(len(grid.blocks), rank, mesh.tokens.size) for rank in range(mesh.tokens.size)]
+    expected = when_own_is_last(summed_by[mesh.tokens.rank], mesh.tokens.rank, mesh.tokens.size)
+    home = ReduceToOwner(mesh.tokens, model, weights.head_table.shape[1:], Tag.HEAD_GRADIENTS, expected)
+    for owner, position in in_turn(summed_by, mesh.tokens.rank, own_last(mesh.tokens.size)):
+        block, table = grid.blocks[position], weights.head_table[position]
+        dtable = Tree[Array](range(config.tiles))
+        for slot in sums.order:
+            mesh.progress(block, slot)
+            leaf = model.empty("working", *table.shape)
+            sums.add(slot, block, logits_backward(
+                xp, scale, normed[slot], table, targets[slot], block * len(table), saved.logsumexp[slot], out=leaf))
+            dtable.add(slot, leaf)
+        home.send(owner, position, dtable)
+        home.receive(int(owner != mesh.tokens.rank))
     all_gather_gradients(mesh.tokens, gradients.head_table, home.finish(), Tag.HEAD_GRADIENTS)
-    summed = all_reduce_tiles(mesh.weights, model, dnormed, Tag.HEAD_SUMS)
-    return normalise_backward(model, summed, saved.x, weights.gains[-1], dgain, -1)
+    return normalise_backward(model, sums.finish(), saved.x, weights.gains[-1], dgain, -1)
 
 
 @phase("loss", "forward")

@@ -3,23 +3,28 @@
 Weights come to the tokens: attention blocks are broadcast by each owner in turn, MLP and vocabulary blocks go round a
 ring, and each rank applies every block to its own tokens. Only keys and values cross between tokens. Gradients of
 weights go straight home to the blocks' owners. The forward of attention and MLP follows the paper (arXiv 2604.26294) as
-its readers describe its attention algorithm and its ring; the backward, the embedding, the head and the order of every
-sum are ours. So is one simplification: the paper moves keys and values while it computes, here they are waited for.
+its readers describe its attention algorithm and its ring; the backward, the embedding, the head, the order of every
+sum, and that everything travels block by block, are ours.
+
+What travels does so under the work on something else: the next blocks' weights under this one's, the first of the next
+part's under this part; a block's keys and values under the attention of the block before; gradients on their way home
+under the next block's backward. So it is posted early and waited for late, and only a few blocks are under way.
 
 Between layers a rank holds its 1/N of weights, gradients, optimizer state and token activations. Within a part it also
-holds, counted as `buffers`:
+holds, counted as `buffers` where they are received and as `working` where they are made:
 
-- weights: two shards of other owners, the one in use and the one in flight;
-- keys and values of one owner's heads for the whole sequence, once as they arrived and once in the order of the text,
-  and in the backward the pieces of their gradients on their way home;
-- gradients: of the blocks of two owners, and the pieces of its own blocks that wait for the piece beside them.
+- weights: the block in use (two in attention) and those under way, of this part and of the next;
+- keys and values of one block's heads for the whole sequence, in the order of the text, and as they arrive those of the
+  next; in the backward the pieces of their gradients on their way home;
+- gradients of a few blocks that leave or arrive, and the pieces of its own blocks that wait for the piece beside them.
 
 Read beside `reference.single`: the same functions in the same order; what differs is the messages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 from ..activations import AttentionSaved, HeadSaved, MlpSaved, Saved
@@ -43,7 +48,17 @@ from ..parameters import Parameters, attention_views, mlp_views
 from ..phase import phase
 from ..tilewise import add_residual, forget, normalise, normalise_backward, squares, totals
 from ..tree import Tree
-from .collectives import ReduceToOwner, all_gather_keys_values, all_reduce, reduce_scatter_keys_values
+from .collectives import (
+    AHEAD,
+    GatherKeysValues,
+    ReduceToOwner,
+    ScatterKeysValues,
+    ahead,
+    all_reduce,
+    in_turn,
+    own_last,
+    when_own_is_last,
+)
 from .tags import Tag
 
 
@@ -52,51 +67,116 @@ def place(comm: Communicator) -> tuple[Place, Place]:
     return folded(comm.rank, comm.size)
 
 
-def largest_shard(comm: Communicator, model: Model, shard: Array) -> Array:
-    """A buffer for any rank's blocks [m, ...] of the tensor that `shard` is this rank's part of."""
-    most = max(len(model.grid.blocks_of(rank)) for rank in range(comm.size))
-    return model.empty("buffers", most, *shard.shape[1:])
+def owned(comm: Communicator, model: Model) -> list[range]:
+    """Each rank's blocks."""
+    return [model.grid.blocks_of(rank) for rank in range(comm.size)]
 
 
-def ring(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iterator[tuple[int, Array]]:
-    """Pass every rank's blocks round: yields (owner, its blocks [m, ...]), this rank's own first, then its left
-    neighbour's and so on. The next messages are posted before the caller works on the blocks it was given."""
-    grid = model.grid
+class Coming:
+    """The blocks of a tensor on their way to this rank, a few at a time, in the order in which it uses them.
+
+    order   (owner, block) of all blocks
+    source  owner -> the rank that sends its blocks to this one
+    sent    (block, peer): what this rank sends on, in order, each as soon as it is here
+    in_use  how many blocks the caller uses at a time: one that it was given is left alone until so many more are asked
+            for
+
+    AHEAD blocks of other owners are under way while one is used, so that they travel under the computation.
+    """
+
+    def __init__(
+        self, comm: Communicator, model: Model, shard: Array, tag: Tag, order: list[tuple[int, int]],
+        source: Callable[[int], int], sent: list[tuple[int, int]], in_use: int = 1
+    ) -> None:
+        self.comm, self.tag, self.in_use = comm, tag, in_use
+        self.phase = comm.phase  # the books' entry for all its messages, whenever they are posted
+        self.own = model.grid.blocks
+        self.order = order
+        self.asked_for = deque((block, source(owner)) for owner, block in order if owner != comm.rank)
+        self.sent = deque(sent)
+        self.here = dict(zip(model.grid.blocks, shard))
+        self.under_way: deque[tuple[int, Request]] = deque()
+        self.leaving: dict[int, list[Request]] = {}
+        spare = min(in_use + AHEAD + (comm.size > 2), len(self.asked_for))  # one more where blocks are passed on
+        self.free = deque(model.empty("buffers", *shard.shape[1:]) for _ in range(spare))
+        self.post()
+
+    def post(self) -> None:
+        """Irecv into every buffer that is free, Isend what is here and due."""
+        with self.comm.counting(self.phase):
+            while self.free and self.asked_for:
+                block, source = self.asked_for.popleft()
+                self.under_way.append((block, self.comm.Irecv(self.free.popleft(), source, self.tag)))
+            while self.under_way and self.comm.is_here(self.under_way[0][1]):
+                self._receive()
+            while self.sent and self.sent[0][0] in self.here:
+                block, peer = self.sent.popleft()
+                self.leaving.setdefault(block, []).append(self.comm.Isend(self.here[block], peer, self.tag))
+
+    def _receive(self) -> None:
+        block, request = self.under_way.popleft()
+        self.comm.Wait(request)
+        self.here[block] = request.array
+
+    def __iter__(self) -> Iterator[tuple[int, int, Array]]:
+        """(owner, block, its weights), as soon as each is here."""
+        used: deque[int] = deque()
+        for owner, block in self.order:
+            while block not in self.here:
+                self._receive()
+            self.post()
+            yield owner, block, self.here[block]
+            used.append(block)
+            if len(used) == self.in_use:
+                self._release(used.popleft())
+        for requests in self.leaving.values():
+            self.comm.Waitall(requests)
+
+    def _release(self, block: int) -> None:
+        """Receive into a block's buffer again, once what was sent from it has left."""
+        if self.asked_for and block not in self.own:
+            self.comm.Waitall(self.leaving.pop(block, []))
+            self.free.append(self.here.pop(block))
+            self.post()
+
+
+def ring(comm: Communicator, model: Model, shard: Array, tag: Tag, steps: Iterable[int] | None = None) -> Coming:
+    """Blocks go round, each from rank to rank until all have had it. This rank uses its own first, then its left
+    neighbour's and so on, or in the order of `steps`; and starts over with the second block of each."""
     left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
-    spare = [largest_shard(comm, model, shard) for _ in range(min(2, comm.size - 1))]
-    held = shard
-    for step in range(comm.size):
-        owner = (comm.rank - step) % comm.size
-        if step + 1 == comm.size:
-            yield owner, held
-            return
-        coming = spare[step % 2][: len(grid.blocks_of((owner - 1) % comm.size))]
-        requests = [comm.Irecv(coming, left, tag), comm.Isend(held, right, tag)]
-        yield owner, held
-        # Both: `coming` must be here before it is read, and `held` gone before its place is received into.
-        comm.Waitall(requests)
-        held = coming
+    # In a round a rank sends its own block and passes on what comes, but for its right neighbour's own.
+    blocks = owned(comm, model)
+    sent = [(block, right) for owner, block in in_turn(blocks, comm.rank, range(comm.size)) if owner != right]
+    order = list(in_turn(blocks, comm.rank, range(comm.size) if steps is None else steps))
+    return Coming(comm, model, shard, tag, order, lambda owner: left, sent if comm.size > 1 else [])
 
 
-def broadcasts(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iterator[tuple[int, Array]]:
-    """Every owner in turn sends its blocks to all: yields (owner, its blocks [m, ...]), in one order on every rank. The
-    next owner's message is posted before the caller works on the blocks it was given."""
-    grid = model.grid
-    spare = [largest_shard(comm, model, shard) for _ in range(min(2, comm.size - 1))]
+def broadcasts(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Coming:
+    """Every owner in turn sends a block to all, in one order on every rank. Two are used at a time: while one is
+    attended with, the next is projected with."""
+    order = list(in_turn(owned(comm, model), comm.rank, (comm.rank - owner for owner in range(comm.size))))
+    sent = [(block, peer) for owner, block in order if owner == comm.rank for peer in comm.others]
+    return Coming(comm, model, shard, tag, order, lambda owner: owner, sent, in_use=2)
 
-    def start(owner: int) -> tuple[Array, list[Request]]:
-        if owner == comm.rank:
-            return shard, [comm.Isend(shard, peer, tag) for peer in comm.others]
-        coming = spare[owner % len(spare)][: len(grid.blocks_of(owner))]
-        return coming, [comm.Irecv(coming, owner, tag)]
 
-    coming, requests = start(0)
-    for owner in range(comm.size):
-        comm.Waitall(requests)
-        held = coming
-        if owner + 1 < comm.size:
-            coming, requests = start(owner + 1)
-        yield owner, held
+def travel(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Coming:
+    """Attention's blocks are broadcast, all others go round the ring. In the backward a rank uses its own blocks last
+    in each round, so that the gradients of others' are on their way home meanwhile."""
+    if tag == Tag.ATTENTION_WEIGHTS:
+        return broadcasts(comm, model, shard, tag)
+    return ring(comm, model, shard, tag, own_last(comm.size) if comm.phase[1] == "backward" else None)
+
+
+def set_off(comm: Communicator, model: Model, shard: Array, tag: Tag) -> None:
+    """Post the first messages of a tensor's blocks, which are used in the part after the one that comes now."""
+    part = tag.name.removesuffix("_WEIGHTS").lower()
+    with comm.counting((part, comm.phase[1] or "forward")):
+        model.coming[tag] = travel(comm, model, shard, tag)
+
+
+def arriving(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Coming:
+    """The blocks of a tensor: those that have set off, or else they do now."""
+    return model.coming.pop(tag, None) or travel(comm, model, shard, tag)
 
 
 @phase("embedding", "forward")
@@ -104,10 +184,10 @@ def embedding_forward(comm: Communicator, model: Model, tokens: Tiles, weights: 
     """tokens: slot -> [B, s], of this rank's slots. Returns slot -> [B, s, h]."""
     config, grid, xp = model.config, model.grid, model.xp
     output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    for owner, tables in ring(comm, model, weights.embedding, Tag.EMBEDDING_WEIGHTS):
-        for block, table in zip(grid.blocks_of(owner), tables):
-            for slot in grid.slots:
-                output[slot].add(block, embed_forward(xp, tokens[slot], table, block * len(table)))
+    for _, block, table in arriving(comm, model, weights.embedding, Tag.EMBEDDING_WEIGHTS):
+        for slot in grid.slots:
+            comm.progress(block, slot)
+            output[slot].add(block, embed_forward(xp, tokens[slot], table, block * len(table)))
     return {slot: model.memory.track("activations", output[slot].total) for slot in grid.slots}
 
 
@@ -120,19 +200,17 @@ def embedding_backward(
     The rows themselves are not needed, so nothing circulates: every rank works for each owner in turn, as in the ring.
     """
     config, grid, xp = model.config, model.grid, model.xp
-    home = ReduceToOwner(comm, model, Tag.EMBEDDING_GRADIENTS)
-    for step in range(comm.size):
-        owner = (comm.rank - step) % comm.size
-        partials = []
-        for block in grid.blocks_of(owner):
-            dtable = Tree[Array](range(config.tiles))
-            for slot in grid.slots:
-                leaf = model.empty("working", *weights.embedding.shape[1:])
-                embed_backward(xp, dx[slot], tokens[slot], block * len(leaf), out=leaf)
-                dtable.add(slot, leaf)
-            partials.append(dtable)
-        home.send(partials, owner)
-        home.receive((comm.rank + step) % comm.size)
+    expected = when_own_is_last(grid.blocks, comm.rank, comm.size)
+    home = ReduceToOwner(comm, model, weights.embedding.shape[1:], Tag.EMBEDDING_GRADIENTS, expected)
+    for owner, block in in_turn(owned(comm, model), comm.rank, own_last(comm.size)):
+        dtable = Tree[Array](range(config.tiles))
+        for slot in grid.slots:
+            comm.progress(block, slot)
+            leaf = model.empty("working", *weights.embedding.shape[1:])
+            embed_backward(xp, dx[slot], tokens[slot], block * len(leaf), out=leaf)
+            dtable.add(slot, leaf)
+        home.send(owner, block, dtable)
+        home.receive(int(owner != comm.rank))
     for out, total in zip(gradients.embedding, home.finish()):
         out[...] = out + total if config.tied_head else total
 
@@ -143,35 +221,38 @@ def attention_forward(
 ) -> tuple[Tiles, AttentionSaved]:
     """x plus the attention of the normalised x: slot -> [B, s, h].
 
-    Kept keys and values: owner of the heads -> [m, tiles, 2, B, K/G, s, e] of m blocks, this rank's tokens only.
+    Kept keys and values: block -> [tiles, 2, B, K/G, s, e], this rank's tokens only. Those of one block are exchanged
+    while the block before it is attended with.
     """
     config, grid, xp, track = model.config, model.grid, model.xp, model.memory.track
     normed = normalise(model, x, weights.gains[2 * layer])
     output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
     saved = AttentionSaved(x)
-    for owner, shard in broadcasts(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS):
-        blocks = grid.blocks_of(owner)
-        own = model.empty("activations", len(blocks), len(grid.slots), 2, config.batch_size,
-                          config.kv_heads_per_block, config.tile_len, config.head_dim)
-        saved.keys_values[owner] = own
-        for position, block in enumerate(blocks):
-            wqkv, _ = attention_views(config, shard[position])
+
+    def projected() -> Iterator[tuple[int, Array, GatherKeysValues]]:
+        for _, block, packed in arriving(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS):
+            wqkv, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+            own = model.empty("activations", len(grid.slots), 2, config.batch_size,
+                              config.kv_heads_per_block, config.tile_len, config.head_dim)
+            saved.keys_values[block] = own
             for tile, slot in enumerate(grid.slots):
-                q, k, v = qkv_forward(xp, normed[slot], wqkv, model.rotary[slot], config.group_size)
+                comm.progress(block, slot)
+                q, own[tile, 0], own[tile, 1] = qkv_forward(
+                    xp, normed[slot], wqkv, model.rotary[slot], config.group_size)
                 saved.q[block, slot] = track("activations", q)
-                own[position, tile, 0] = k
-                own[position, tile, 1] = v
-                saved.tile_keys_values[block, slot] = own[position, tile]
-        keys_values = all_gather_keys_values(comm, model, own, Tag.KEYS_VALUES)  # -> [m, 2, B, K/G, S, e]
-        for position, block in enumerate(blocks):
-            _, wo = attention_views(config, shard[position])
-            for slot in grid.slots:
-                k, v = keys_values[position, :, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
-                heads, logsumexp = attend_forward(xp, saved.q[block, slot], k, v, model.mask)
-                output[slot].add(block, out_forward(xp, heads, wo, config.tile_len))
-                saved.heads[block, slot] = track("activations", heads)
-                saved.logsumexp[block, slot] = track("activations", logsumexp)
-        del keys_values, k, v  # before the next owner's are gathered
+                saved.tile_keys_values[block, slot] = own[tile]
+            yield block, wo, GatherKeysValues(comm, model, own, Tag.KEYS_VALUES)
+
+    for block, wo, exchange in ahead(projected()):
+        keys_values = exchange.finish()  # -> [2, B, K/G, S, e]
+        for slot in grid.slots:
+            comm.progress(block, slot)
+            k, v = keys_values[:, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
+            heads, logsumexp = attend_forward(xp, saved.q[block, slot], k, v, model.mask)
+            output[slot].add(block, out_forward(xp, heads, wo, config.tile_len))
+            saved.heads[block, slot] = track("activations", heads)
+            saved.logsumexp[block, slot] = track("activations", logsumexp)
+        del keys_values, k, v  # before the next block's are put together
     return add_residual(model, x, totals(output)), saved
 
 
@@ -182,49 +263,56 @@ def attention_backward(
 ) -> Tiles:
     """dy: slot -> [B, s, h]. Returns dx; writes the layer's attention gradients and the tiles' gain gradients.
 
-    Weights, keys and values travel again; gradients of keys and values go home to the tokens' owners before the
-    weights' gradients can be formed, which then go home to the blocks' owner.
+    Weights, keys and values travel again, those of the next block while this one is attended with. Gradients of keys
+    and values go home to the tokens' owners under the next block's attention; only then can those of the block's
+    weights be formed, which go home to the block's owner.
     """
     config, grid, xp = model.config, model.grid, model.xp
     gain = weights.gains[2 * layer]
     normed = normalise(model, saved.x, gain)
     dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    home = ReduceToOwner(comm, model, Tag.ATTENTION_GRADIENTS)
-    for owner, shard in broadcasts(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS):
-        blocks = grid.blocks_of(owner)
-        keys_values = all_gather_keys_values(comm, model, saved.keys_values[owner], Tag.KEYS_VALUES)
-        dq: dict[tuple[int, int], Array] = {}
-        dkv = {(block, slot): Tree[Array](grid.readers(slot)) for block in blocks for slot in range(config.tiles)}
-        for position, block in enumerate(blocks):
-            _, wo = attention_views(config, shard[position])
+    expected = [(peer, block) for block in grid.blocks for peer in comm.others]
+    home = ReduceToOwner(comm, model, weights.attention[layer].shape[1:], Tag.ATTENTION_GRADIENTS, expected)
+    blocks = arriving(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS)
+
+    def gathered() -> Iterator[GatherKeysValues]:
+        for _, block in blocks.order:
+            yield GatherKeysValues(comm, model, saved.keys_values[block], Tag.KEYS_VALUES)
+
+    def attended() -> Iterator[tuple[int, int, Array, Tiles, dict[int, Tree[Array]], ScatterKeysValues]]:
+        for exchange, (owner, block, packed) in zip(ahead(gathered()), blocks, strict=True):
+            _, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+            keys_values = exchange.finish()  # -> [2, B, K/G, S, e]
+            dq: Tiles = {}
+            dkv = {slot: Tree[Array](grid.readers(slot)) for slot in range(config.tiles)}
             for slot in grid.slots:
-                k, v = keys_values[position, :, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
+                comm.progress(block, slot)
+                k, v = keys_values[:, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
                 heads = saved.heads[block, slot]
                 dheads = out_backward(xp, dy[slot], heads, wo, config.tile_len)  # -> [B, K/G, g*s, e]
-                dq[block, slot], dkeys = attend_backward(
+                dq[slot], dkeys = attend_backward(
                     xp, dheads, saved.q[block, slot], k, v, model.mask, heads, saved.logsumexp[block, slot])
-                for seen in range(config.tiles):
-                    if slot in dkv[block, seen].leaves:
-                        dkv[block, seen].add(slot, dkeys[:, :, :, grid.tokens(seen)])
-        del keys_values, k, v  # before the gradients travel, and the next owner's are gathered
-        reduce_scatter_keys_values(comm, model, dkv, Tag.KEYS_VALUES_GRADIENTS)
-        partials = []
-        for position, block in enumerate(blocks):
-            wqkv, _ = attention_views(config, shard[position])
-            dweights = Tree[Array](range(config.tiles))
-            for slot in grid.slots:
-                leaf = model.empty("working", shard[position].size)
-                dwqkv, dwo = attention_views(config, leaf)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-                dk, dv = dkv[block, slot].total  # -> [B, K/G, s, e], [B, K/G, s, e]
-                dnormed[slot].add(block, qkv_backward(
-                    xp, dq[block, slot], dk, dv, normed[slot], wqkv, model.rotary[slot], out=dwqkv))
-                out_backward_weight(xp, dy[slot], saved.heads[block, slot], out=dwo)
-                dweights.add(slot, leaf)
-            partials.append(dweights)
-        home.send(partials, owner)
-        if owner == comm.rank:
-            for peer in comm.others:
-                home.receive(peer)
+                for seen, tree in dkv.items():
+                    if slot in tree.leaves:
+                        tree.add(slot, dkeys[:, :, :, grid.tokens(seen)])
+            del keys_values, k, v, dkeys  # before the next block's are put together
+            yield owner, block, packed, dq, dkv, ScatterKeysValues(comm, model, dkv, Tag.KEYS_VALUES_GRADIENTS)
+
+    for owner, block, packed, dq, dkv, exchange in ahead(attended()):
+        exchange.finish()
+        wqkv, _ = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+        dweights = Tree[Array](range(config.tiles))
+        for slot in grid.slots:
+            comm.progress(block, slot)
+            leaf = model.empty("working", packed.size)
+            dwqkv, dwo = attention_views(config, leaf)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+            dk, dv = dkv[slot].total  # -> [B, K/G, s, e], [B, K/G, s, e]
+            dnormed[slot].add(block, qkv_backward(
+                xp, dq[slot], dk, dv, normed[slot], wqkv, model.rotary[slot], out=dwqkv))
+            out_backward_weight(xp, dy[slot], saved.heads[block, slot], out=dwo)
+            dweights.add(slot, leaf)
+        home.send(owner, block, dweights)
+        home.receive(comm.size - 1 if owner == comm.rank else 0)
     for out, total in zip(gradients.attention[layer], home.finish()):
         out[...] = total
     dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer)
@@ -240,13 +328,13 @@ def mlp_forward(
     normed = normalise(model, x, weights.gains[2 * layer + 1])
     output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
     saved = MlpSaved(x)
-    for owner, shard in ring(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS):
-        for block, packed in zip(grid.blocks_of(owner), shard):
-            gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
-            for slot in grid.slots:
-                y, projected = swiglu_forward(xp, normed[slot], gate_up, down)  # -> [B, s, h], [B*s, 2*f/G]
-                output[slot].add(block, y)
-                saved.projected[block, slot] = model.memory.track("activations", projected)
+    for _, block, packed in arriving(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS):
+        gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
+        for slot in grid.slots:
+            comm.progress(block, slot)
+            y, projected = swiglu_forward(xp, normed[slot], gate_up, down)  # -> [B, s, h], [B*s, 2*f/G]
+            output[slot].add(block, y)
+            saved.projected[block, slot] = model.memory.track("activations", projected)
     return add_residual(model, x, totals(output)), saved
 
 
@@ -260,21 +348,20 @@ def mlp_backward(
     gain = weights.gains[2 * layer + 1]
     normed = normalise(model, saved.x, gain)
     dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    home = ReduceToOwner(comm, model, Tag.MLP_GRADIENTS)
-    for step, (owner, shard) in enumerate(ring(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS)):
-        partials = []
-        for block, packed in zip(grid.blocks_of(owner), shard):
-            gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
-            dweights = Tree[Array](range(config.tiles))
-            for slot in grid.slots:
-                leaf = model.empty("working", packed.size)
-                projected = saved.projected[block, slot]
-                dnormed[slot].add(block, swiglu_backward(
-                    xp, dy[slot], normed[slot], gate_up, down, projected, out=mlp_views(config, leaf)))
-                dweights.add(slot, leaf)
-            partials.append(dweights)
-        home.send(partials, owner)
-        home.receive((comm.rank + step) % comm.size)
+    expected = when_own_is_last(grid.blocks, comm.rank, comm.size)
+    home = ReduceToOwner(comm, model, weights.mlp[layer].shape[1:], Tag.MLP_GRADIENTS, expected)
+    for owner, block, packed in arriving(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS):
+        gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
+        dweights = Tree[Array](range(config.tiles))
+        for slot in grid.slots:
+            comm.progress(block, slot)
+            leaf = model.empty("working", packed.size)
+            projected = saved.projected[block, slot]
+            dnormed[slot].add(block, swiglu_backward(
+                xp, dy[slot], normed[slot], gate_up, down, projected, out=mlp_views(config, leaf)))
+            dweights.add(slot, leaf)
+        home.send(owner, block, dweights)
+        home.receive(int(owner != comm.rank))
     for out, total in zip(gradients.mlp[layer], home.finish()):
         out[...] = total
     dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer + 1)
@@ -289,10 +376,10 @@ def head_forward(
     config, grid, xp = model.config, model.grid, model.xp
     normed = normalise(model, x, weights.gains[-1])
     triples = {slot: Tree[Array](range(config.blocks), partial(merge_triples, xp)) for slot in grid.slots}
-    for owner, tables in ring(comm, model, weights.head_table, Tag.HEAD_WEIGHTS):
-        for block, table in zip(grid.blocks_of(owner), tables):
-            for slot in grid.slots:
-                triples[slot].add(block, logits_forward(xp, normed[slot], table, targets[slot], block * len(table)))
+    for _, block, table in arriving(comm, model, weights.head_table, Tag.HEAD_WEIGHTS):
+        for slot in grid.slots:
+            comm.progress(block, slot)
+            triples[slot].add(block, logits_forward(xp, normed[slot], table, targets[slot], block * len(table)))
     saved = HeadSaved(x)
     sums: Tiles = {}
     for slot in grid.slots:
@@ -312,19 +399,18 @@ def head_backward(
     scale = 1.0 / (config.batch_size * config.seq_len)
     normed = normalise(model, saved.x, weights.gains[-1])
     dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    home = ReduceToOwner(comm, model, Tag.HEAD_GRADIENTS)
-    for step, (owner, tables) in enumerate(ring(comm, model, weights.head_table, Tag.HEAD_WEIGHTS)):
-        partials = []
-        for block, table in zip(grid.blocks_of(owner), tables):
-            dtable = Tree[Array](range(config.tiles))
-            for slot in grid.slots:
-                leaf = model.empty("working", *table.shape)
-                dnormed[slot].add(block, logits_backward(
-                    xp, scale, normed[slot], table, targets[slot], block * len(table), saved.logsumexp[slot], out=leaf))
-                dtable.add(slot, leaf)
-            partials.append(dtable)
-        home.send(partials, owner)
-        home.receive((comm.rank + step) % comm.size)
+    expected = when_own_is_last(grid.blocks, comm.rank, comm.size)
+    home = ReduceToOwner(comm, model, weights.head_table.shape[1:], Tag.HEAD_GRADIENTS, expected)
+    for owner, block, table in arriving(comm, model, weights.head_table, Tag.HEAD_WEIGHTS):
+        dtable = Tree[Array](range(config.tiles))
+        for slot in grid.slots:
+            comm.progress(block, slot)
+            leaf = model.empty("working", *table.shape)
+            dnormed[slot].add(block, logits_backward(
+                xp, scale, normed[slot], table, targets[slot], block * len(table), saved.logsumexp[slot], out=leaf))
+            dtable.add(slot, leaf)
+        home.send(owner, block, dtable)
+        home.receive(int(owner != comm.rank))
     for out, total in zip(gradients.head_table, home.finish()):
         out[...] = total
     return normalise_backward(model, totals(dnormed), saved.x, weights.gains[-1], dgain, -1)
@@ -348,9 +434,15 @@ def model_forward(
 ) -> tuple[float, Saved]:
     """The loss of a batch, and what the backward needs. tokens and targets: slot -> [B, s], of this rank's slots."""
     saved = Saved(tokens, targets)
+    set_off(comm, model, weights.attention[0], Tag.ATTENTION_WEIGHTS)
     x = embedding_forward(comm, model, tokens, weights)
     for layer in range(model.config.num_layers):
+        set_off(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS)
         x, attention = attention_forward(comm, model, x, weights, layer)
+        if layer + 1 < model.config.num_layers:
+            set_off(comm, model, weights.attention[layer + 1], Tag.ATTENTION_WEIGHTS)
+        else:
+            set_off(comm, model, weights.head_table, Tag.HEAD_WEIGHTS)
         x, mlp = mlp_forward(comm, model, x, weights, layer)
         saved.attention.append(attention)
         saved.mlp.append(mlp)
@@ -364,15 +456,21 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
     """Writes the gradient of the loss, for this rank's blocks, into `gradients`; uses up what was saved."""
     config = model.config
     dgain = {slot: model.empty("working", *weights.gains.shape) for slot in model.grid.slots}
+    if model.recompute != "full":
+        set_off(comm, model, weights.mlp[-1], Tag.MLP_WEIGHTS)
     dx = head_backward(comm, model, saved.head, saved.targets, weights, gradients, dgain)
     for layer in reversed(range(config.num_layers)):
         if model.recompute == "full":
             x, saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)
             saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer)[1]
             del x  # which the MLP's backward is the last to need
+        if model.recompute == "none":
+            set_off(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS)
         dx = mlp_backward(comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
         if model.recompute == "attention":
             saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)[1]
+        if layer and model.recompute != "full":
+            set_off(comm, model, weights.mlp[layer - 1], Tag.MLP_WEIGHTS)
         dx = attention_backward(comm, model, dx, saved.attention.pop(), weights, layer, gradients, dgain)
     embedding_backward(comm, model, dx, saved.tokens, weights, gradients)
     gains_backward(comm, model, dgain, gradients)
