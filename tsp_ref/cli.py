@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from .comm.communicator import PROGRESS, Communicator
+from .comm.control import agreed
+from .comm.link import parse_link
 from .comm.mpi import launcher_rank
 from .commands.compare import compare
+from .commands.overlap import OverlapOptions, overlap
+from .commands.timeline import PictureOptions
 from .commands.train import TrainOptions, train
 from .commands.verify import verify
 from .config import PLANNING_ONLY, PRESETS, Config, make_config
@@ -57,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="tsp-ref", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_fields())
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | verify | compare")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | verify | compare | overlap")
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _fields()}
 
     training = commands.add_parser(
@@ -67,6 +72,7 @@ def _parser() -> Parser:
                           help="end with a SHA-256 over the bits of losses, gradients, weights and optimizer state: "
                                "the same for any number of ranks, schedule, mesh, layout and recomputation")
     training.add_argument("--log", metavar="FILE.jsonl", help="append a JSON line for each step")
+    _picture_options(training, "the last step")
     _plan_options(training)
     _common(training, preset="small", steps="the preset's")
     training.set_defaults(run=_train)
@@ -91,7 +97,29 @@ def _parser() -> Parser:
                                 "backward_bytes_sent, messages, balance, step_seconds; the largest over the ranks")
     _common(comparing, preset="tiny", steps="2")
     comparing.set_defaults(run=_compare)
+
+    overlapping = commands.add_parser(
+        "overlap", help="how much of the messages' time is hidden under the computation", **form,
+        description="Time a step's messages alone, its computation alone, and both together, by turns, and show how "
+                    "much of the shorter is hidden: (messages + computation - both) / min(messages, computation).")
+    _plan_options(overlapping)
+    overlapping.add_argument("--json", metavar="FILE",
+                             help="write a list of objects, for the forward and for forward and backward: schedule, "
+                                  "part, comm_seconds, compute_seconds, both_seconds, hidden_fraction")
+    overlapping.add_argument("--repeats", type=int, default=5, metavar="K",
+                             help="rounds, of which medians are taken (5)")
+    _picture_options(overlapping, "a forward and backward")
+    _common(overlapping, preset="small", steps="not used")
+    overlapping.set_defaults(run=_overlap)
     return parser
+
+
+def _picture_options(parser: argparse.ArgumentParser, step: str) -> None:
+    parser.add_argument("--timeline", action="store_true",
+                        help=f"draw {step}: when each rank computed, waited, and had messages on their way")
+    parser.add_argument("--trace", metavar="FILE.json",
+                        help=f"write {step} as a trace for https://ui.perfetto.dev: every tile, wait and message")
+    parser.add_argument("--svg", metavar="FILE.svg", help="write the timeline as a picture")
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +141,33 @@ def _layout_options(parser: argparse.ArgumentParser) -> None:
                              "attention parts, everything but the layers' inputs; the same bits")
 
 
+def _travel_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--progress", default="poll", metavar="|".join(PROGRESS),
+                        help="who helps messages on while NumPy computes: nobody until a wait; this rank, between "
+                             "tiles (default); a second thread")
+    parser.add_argument("--link", metavar="BANDWIDTH,LATENCY",
+                        help="a slower link than there is, as 200MB/s,50us; the same bits, later")
+    parser.add_argument("--link-shared", action="store_true", help="one link for all of a rank's peers, not one each")
+
+
+def _start(options: argparse.Namespace, main: Callable[[Communicator], int]) -> int:
+    """Start on all ranks, with messages that travel as asked."""
+
+    def travel(comm: Communicator) -> int:
+        def prepare() -> bool:
+            comm.travel_by(options.progress, parse_link(options.link, options.link_shared) if options.link else None)
+            return True
+
+        agreed(comm, prepare)
+        return main(comm)
+
+    return start(travel, options.ranks, options.shuffle, options.debug)
+
+
+def _pictures(options: argparse.Namespace) -> PictureOptions:
+    return PictureOptions(options.timeline, options.trace, options.svg)
+
+
 def _plan(options: argparse.Namespace) -> Plan:
     return Plan(options.schedule, options.mesh, options.layout, options.recompute)
 
@@ -130,6 +185,7 @@ def _common(parser: argparse.ArgumentParser, preset: str, steps: str) -> None:
                         help="N virtual ranks in this process instead of mpirun: repeatable, and easy to debug")
     parser.add_argument("--shuffle", type=int, metavar="SEED",
                         help="with --ranks: a random order of turns and messages; changes no bit of the result")
+    _travel_options(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors in the request, too")
 
 
@@ -143,21 +199,27 @@ def _config(options: argparse.Namespace) -> Config:
 
 
 def _train(options: argparse.Namespace) -> int:
-    request = TrainOptions(_config(options), _plan(options), options.text, options.digest, options.log)
-    return start(lambda comm: train(comm, request), options.ranks, options.shuffle, options.debug)
+    request = TrainOptions(_config(options), _plan(options), options.text, options.digest, options.log,
+                           _pictures(options))
+    return _start(options, lambda comm: train(comm, request))
 
 
 def _verify(options: argparse.Namespace) -> int:
     options.steps = 2 if options.steps is None else options.steps
     config, plan = _config(options), _plan(options)
-    return start(lambda comm: verify(comm, config, plan, options.text), options.ranks, options.shuffle, options.debug)
+    return _start(options, lambda comm: verify(comm, config, plan, options.text))
 
 
 def _compare(options: argparse.Namespace) -> int:
     options.steps = 2 if options.steps is None else options.steps
     config, plan = _config(options), Plan(layout=options.layout, recompute=options.recompute)
-    return start(lambda comm: compare(comm, config, plan, options.text, options.json), options.ranks, options.shuffle,
-                 options.debug)
+    return _start(options, lambda comm: compare(comm, config, plan, options.text, options.json))
+
+
+def _overlap(options: argparse.Namespace) -> int:
+    request = OverlapOptions(_config(options), _plan(options), options.text, options.json, options.repeats,
+                             _pictures(options))
+    return _start(options, lambda comm: overlap(comm, request))
 
 
 def _fields() -> str:

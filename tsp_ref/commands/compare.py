@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from ..training.collect import digest
 from ..training.data import Text, load_text, require_same_text
 from ..training.loop import Training
 from ..training.strategy import Plan, choose_strategy, meshes
+from .files import WholeFile
 from .holdings import short
 
 ROUNDS = 3
@@ -71,22 +71,20 @@ def compare(comm: Communicator, config: Config, plan: Plan, text_paths: list[str
     """
     console = console_for(comm.rank)
     text, file = agreed(comm, lambda: _prepare(comm, config, text_paths, json_file))
-    with file:
-        require_same_text(comm, text)
-        plans, refused = _plans(comm, config, plan)
-        _greet(console, comm, config, text, plan, plans)
-        rows: list[Row] = []
-        peaks: list[Peak] = []
-        for number, each in enumerate(plans):
-            console.print(f"counting {each} ({number + 1}/{len(plans)})", highlight=False)
-            with _ranks_of(each, comm) as ranks:
-                row, peak = _measure(ranks, config, each, text) if ranks else (Row("", None), Peak(("", ""), {}))
-            rows.append(row)
-            peaks.append(peak)
-        for row, seconds in zip(rows, _time(console, comm, config, plans, text)):
-            row.step_seconds = seconds
-        if comm.rank == 0:
-            file.write(rows)
+    require_same_text(comm, text)
+    plans, refused = _plans(comm, config, plan)
+    _greet(console, comm, config, text, plan, plans)
+    rows: list[Row] = []
+    peaks: list[Peak] = []
+    for number, each in enumerate(plans):
+        console.print(f"counting {each} ({number + 1}/{len(plans)})", highlight=False)
+        with _ranks_of(each, comm) as ranks:
+            row, peak = _measure(ranks, config, each, text) if ranks else (Row("", None), Peak(("", ""), {}))
+        rows.append(row)
+        peaks.append(peak)
+    for row, seconds in zip(rows, _time(console, comm, config, plans, text)):
+        row.step_seconds = seconds
+    file.write(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     _report(console, config, plans, rows, peaks, refused)
     agree = len({row.digest for row in rows}) == 1
     console.print("[green]One digest[/], every bit of every schedule" if agree else "[red]THE DIGESTS DIFFER[/]",
@@ -94,40 +92,12 @@ def compare(comm: Communicator, config: Config, plan: Plan, text_paths: list[str
     return 1 - from_root(comm, int(agree))
 
 
-class JsonFile:
-    """A file that is written whole at the end, or not at all: what was there before is lost only to a full result."""
-
-    def __init__(self, path: str | None) -> None:
-        self.path = path
-        if path is not None:
-            try:
-                self.part = open(f"{path}.part", "w", encoding="utf-8")  # noqa: SIM115  (closed by __exit__)
-            except OSError as error:
-                raise UserError(f"--json {path} cannot be written: {error.strerror}") from None
-
-    def write(self, rows: list[Row]) -> None:
-        """Write the list of rows, and put it in its place."""
-        if self.path is not None:
-            json.dump([dataclasses.asdict(row) for row in rows], self.part, indent=1)
-            self.part.close()
-            os.replace(self.part.name, self.path)
-
-    def __enter__(self) -> JsonFile:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.path is not None:
-            self.part.close()
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(self.part.name)
-
-
 def _prepare(
     comm: Communicator, config: Config, text_paths: list[str] | None, json_file: str | None
-) -> tuple[Text, JsonFile]:
+) -> tuple[Text, WholeFile]:
     """All that can be refused, before anything is measured."""
     threads.require_one("compare")
-    return load_text(text_paths, config), JsonFile(json_file if comm.rank == 0 else None)
+    return load_text(text_paths, config), WholeFile("--json", json_file if comm.rank == 0 else None)
 
 
 def _plans(comm: Communicator, config: Config, plan: Plan) -> tuple[list[Plan], list[str]]:

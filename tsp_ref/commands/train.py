@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO
 
 import numpy as np
@@ -25,6 +25,7 @@ from ..training.data import load_text, require_same_text
 from ..training.loop import StepReport, Training
 from ..training.strategy import Plan
 from .holdings import holdings_table, short
+from .timeline import PictureOptions, Pictures
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,24 @@ class TrainOptions:
     text: list[str] | None = None
     digest: bool = False
     log: str | None = None
+    pictures: PictureOptions = field(default_factory=PictureOptions)
 
 
 def train(comm: Communicator, options: TrainOptions) -> int:
     """Train, and report on rank 0. Returns the exit code."""
-    training, log = agreed(comm, lambda: _prepare(comm, options))
+    training, pictures, log = agreed(comm, lambda: _prepare(comm, options))
     require_same_text(comm, training.text)
     console = console_for(comm.rank)
     _greet(console, training, options)
     with log or contextlib.nullcontext():
-        _run_steps(console, training, log)
+        _run_steps(console, training, pictures, log)
+        pictures.collect()
         validation = training.validate()
         console.print(f"validation loss {validation:.4f} on held-out text; training loss "
                       f"{training.losses[0]:.4f} -> {training.losses[-1]:.4f}", highlight=False)
         _write(log, {"validation_loss": validation})
         console.print(holdings_table(training))
+        pictures.draw(console, f"step {options.config.steps} of {options.plan}")
         if options.digest:
             text = digest(training)
             _write(log, {"digest": text})
@@ -58,13 +62,14 @@ def train(comm: Communicator, options: TrainOptions) -> int:
     return 0
 
 
-def _prepare(comm: Communicator, options: TrainOptions) -> tuple[Training, IO[str] | None]:
+def _prepare(comm: Communicator, options: TrainOptions) -> tuple[Training, Pictures, IO[str] | None]:
     """All that can be refused, before the first message of the model."""
     if options.digest:
         threads.require_one("--digest")
     text = load_text(options.text, options.config)
+    pictures = Pictures(comm, options.pictures, options.plan.schedule)
     training = Training(options.config, comm, options.plan, text, np)
-    return training, _open_log(options) if comm.rank == 0 else None
+    return training, pictures, _open_log(options) if comm.rank == 0 else None
 
 
 def _open_log(options: TrainOptions) -> IO[str] | None:
@@ -89,8 +94,9 @@ def _greet(console: Console, training: Training, options: TrainOptions) -> None:
                   f"{len(training.text.validation):,} held out", highlight=False, markup=False)
 
 
-def _run_steps(console: Console, training: Training, log: IO[str] | None) -> None:
-    """A live bar on a terminal; elsewhere about twenty plain lines."""
+def _run_steps(console: Console, training: Training, pictures: Pictures, log: IO[str] | None) -> None:
+    """A live bar on a terminal; elsewhere about twenty plain lines. Pictures show the last step: by then all memory has
+    been touched before."""
     config = training.config
     progress = Progress(
         TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn(),
@@ -99,9 +105,10 @@ def _run_steps(console: Console, training: Training, log: IO[str] | None) -> Non
     # Overflow shows in the loss, where it ends the run with one line; NumPy would warn on every rank besides.
     with progress, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         task = progress.add_task("train", total=config.steps, line="")
-        for _ in range(config.steps):
+        for number in range(1, config.steps + 1):
             begin = time.perf_counter()
-            report = training.step()
+            with pictures.recording() if number == config.steps else contextlib.nullcontext():
+                report = training.step()
             seconds = time.perf_counter() - begin
             line = _line(training, report, seconds)
             progress.update(task, advance=1, line=line)

@@ -57,7 +57,7 @@ class Training:
     def update(self) -> float:
         """Clip, and let the optimizer take its step; the gradients' norm before clipping."""
         norm = self.strategy.gradient_norm(self.gradients)
-        take_step(self.model, self.optimizer, self.weights, self.gradients, self.steps_done, norm)
+        take_step(self.comm, self.model, self.optimizer, self.weights, self.gradients, self.steps_done, norm)
         self.steps_done += 1
         return norm
 
@@ -84,7 +84,8 @@ class Training:
 
 @phase("optimizer", "backward")
 def take_step(
-    model: Model, optimizer: AdamW, weights: Parameters, gradients: Parameters, step: int, norm: float
+    comm: Communicator, model: Model, optimizer: AdamW, weights: Parameters, gradients: Parameters, step: int,
+    norm: float
 ) -> None:
     """Let the optimizer change the weights, with the gradients clipped to their norm."""
     optimizer.update(weights, gradients, step, clip_factor(model.config, norm))
