@@ -84,3 +84,9 @@ def test_one_wrong_bit_is_a_failure(monkeypatch, capsys):
     monkeypatch.setattr(sp, "gains_backward", drifting)
     assert main(["compare", "--ranks", "2", *SMALL]) == 1
     assert "THE DIGESTS DIFFER" in capsys.readouterr().out
+
+
+def test_a_run_that_does_not_stay_finite_is_refused_by_all_ranks(capsys):
+    wild = ["--set", "learning_rate=1e30", "warmup_steps=0", "--steps", "3"]
+    assert main(["compare", "--ranks", "2", "--preset", "tiny", *wild]) == 2
+    assert "is not finite: lower learning_rate" in capsys.readouterr().err

@@ -123,3 +123,11 @@ def test_other_seeds_text_or_sizes_give_other_digests():
         config, case_config("plain", "float32", seed=1), case_config("plain", "float32", learning_rate=1e-3),
         case_config("plain", "float32", blocks=4), case_config("plain", "float64"))}
     assert len(digests) == 5
+
+
+@pytest.mark.parametrize(("schedule", "ranks", "sizes"), [
+    ("sp", 10, {}), ("sp", 12, {}), ("tsp", 10, dict(num_heads=16, num_kv_heads=16, blocks=16)),
+    ("tsp", 12, dict(num_heads=20, hidden_size=40, num_kv_heads=20, blocks=20, ffn_size=40, vocab_size=260))])
+def test_many_ranks_with_uneven_blocks_do_not_wait_for_each_other_for_ever(schedule, ranks, sizes):
+    config = case_config("plain", "float32", **{"num_layers": 1, "tiles": 16, **sizes})
+    assert virtual_digest(config, Plan(schedule), ranks, seed=1, steps=1) == single_digest(config, steps=1)

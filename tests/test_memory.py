@@ -14,7 +14,7 @@ from tsp_ref.memory import KINDS, Memory
 from tsp_ref.model import Model
 from tsp_ref.parameters import initial_parameters
 from tsp_ref.schedules import tsp
-from tsp_ref.schedules.collectives import AHEAD, ReduceToOwner, in_turn, own_last, when_own_is_last
+from tsp_ref.schedules.collectives import AHEAD, ReduceToOwner, in_turn, own_last, turn, when_own_is_last
 from tsp_ref.schedules.tags import Tag
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
@@ -175,16 +175,16 @@ def test_gradients_on_their_way_home_are_those_of_a_few_blocks_at_a_time():
     def main(comm):
         model = Model(config, np, *folded(comm.rank, comm.size))
         blocks = [range(rank, rank + 1) for rank in range(comm.size)]
-        expected = when_own_is_last(model.grid.blocks, comm.rank, comm.size)
+        expected = when_own_is_last(blocks, comm.rank)
         home = ReduceToOwner(comm, model, (100,), Tag.MLP_GRADIENTS, expected)
         for owner, block in in_turn(blocks, comm.rank, own_last(comm.size)):
             partial = Tree(range(config.tiles))
             leaf = model.empty("working", 100)
             leaf[...] = 1.0
             partial.add(comm.rank, leaf)
+            home.receive(turn(blocks, comm.rank, owner, block))
             home.send(owner, block, partial)
             del partial, leaf
-            home.receive(int(owner != comm.rank))
         assert [float(total[0]) for total in home.finish()] == [8.0]
         return model.memory.peak["working"] // 400, model.memory.peak["buffers"] // 400
 

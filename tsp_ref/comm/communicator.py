@@ -34,6 +34,7 @@ class Request:
     handle: Any = None
     arrived: bool = False  # the bytes are here, or have left
     ready: float = 0.0  # when an emulated link is through with it
+    error: MessageError | None = None  # what a thread that helped it on met
     noticed: bool = False  # that it is complete, for the timeline
     done: bool = False
 
@@ -236,6 +237,8 @@ class Communicator(ABC):
     def _advance(self, request: Request) -> bool:
         """Whether the message is complete: arrived, and through the link if there is one."""
         with self._lock:
+            if request.error is not None:
+                raise request.error
             if not request.arrived and self._test(request):
                 request.arrived = True
                 if self.link is not None:

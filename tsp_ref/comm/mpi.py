@@ -5,7 +5,6 @@ This is the only file that imports mpi4py.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import sys
@@ -70,10 +69,15 @@ class MPICommunicator(Communicator):
 
     def _help_on(self) -> None:
         while self.progress_mode == "thread":
-            for request in list(self._open.values()):
-                with contextlib.suppress(MessageError):  # it is raised again where the message is waited for
-                    self._advance(request)
+            self._look_after_all()
             time.sleep(HELP_EVERY)
+
+    def _look_after_all(self) -> None:
+        for request in list(self._open.values()):
+            try:
+                self._advance(request)
+            except MessageError as error:
+                request.error = error  # raised where the message is waited for: MPI reports it only once
 
     def _start(self, request: Request) -> None:
         buffer = [request.array, self._library.BYTE]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
+from typing import TypeVar
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -34,6 +35,8 @@ from .files import WholeFile
 from .holdings import short
 
 ROUNDS = 3
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -63,6 +66,8 @@ class Peak:
     held: dict[str, int]
 
 
+# A loss that overflows ends the run with one line; NumPy would warn on every rank besides.
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def compare(comm: Communicator, config: Config, plan: Plan, text_paths: list[str] | None, json_file: str | None) -> int:
     """Measure all schedules at this N, with the plan's layout and recomputation; 0 if they agree in every bit, else 1.
 
@@ -78,8 +83,7 @@ def compare(comm: Communicator, config: Config, plan: Plan, text_paths: list[str
     peaks: list[Peak] = []
     for number, each in enumerate(plans):
         console.print(f"counting {each} ({number + 1}/{len(plans)})", highlight=False)
-        with _ranks_of(each, comm) as ranks:
-            row, peak = _measure(ranks, config, each, text) if ranks else (Row("", None), Peak(("", ""), {}))
+        row, peak = _run(comm, each, partial(_measure, config, each, text), (Row("", None), Peak(("", ""), {})))
         rows.append(row)
         peaks.append(peak)
     for row, seconds in zip(rows, _time(console, comm, config, plans, text)):
@@ -118,17 +122,15 @@ def _plans(comm: Communicator, config: Config, plan: Plan) -> tuple[list[Plan], 
     return plans, refused
 
 
-@contextlib.contextmanager
-def _ranks_of(plan: Plan, comm: Communicator) -> Iterator[Communicator | None]:
-    """All ranks; of a single process rank 0, alone, while the others wait."""
+def _run(comm: Communicator, plan: Plan, run: Callable[[Communicator], Result], nothing: Result) -> Result:
+    """Run something on all ranks; of a single process on rank 0 alone, while the others wait and have `nothing`."""
     if plan.schedule != "single":
-        yield comm
-        return
-    yield VirtualWorld(1).communicators[0] if comm.rank == 0 else None
-    from_root(comm, 0)
+        return run(comm)
+    # Agreed, because what rank 0 alone refuses must stop all.
+    return agreed(comm, lambda: run(VirtualWorld(1).communicators[0]) if comm.rank == 0 else nothing)
 
 
-def _measure(comm: Communicator, config: Config, plan: Plan, text: Text) -> tuple[Row, Peak]:
+def _measure(config: Config, plan: Plan, text: Text, comm: Communicator) -> tuple[Row, Peak]:
     """Train, counted, and take what the books say."""
     before = _sent(comm)
     training = Training(config, comm, plan, text, np)
@@ -164,13 +166,13 @@ def _time(console: Console, comm: Communicator, config: Config, plans: list[Plan
     for number in range(ROUNDS):
         console.print(f"timing, round {number + 1}/{ROUNDS}", highlight=False)
         for taken, plan in zip(seconds, plans):
-            with _ranks_of(plan, comm) as ranks:
-                mine = _time_one_step(ranks, config, dataclasses.replace(plan, counted=False), text) if ranks else 0.0
+            plain = dataclasses.replace(plan, counted=False)
+            mine = _run(comm, plan, partial(_time_one_step, config, plain, text), 0.0)
             taken.append(max(float(row[0]) for row in all_gather(comm, np.array([mine], dtype=np.float64))))
     return [median(taken) for taken in seconds]
 
 
-def _time_one_step(comm: Communicator, config: Config, plan: Plan, text: Text) -> float:
+def _time_one_step(config: Config, plan: Plan, text: Text, comm: Communicator) -> float:
     """The second step: in the first, memory is touched for the first time."""
     training = Training(config, comm, plan, text, np)
     training.step()

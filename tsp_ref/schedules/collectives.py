@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from ..arrays import Array, Tiles
 from ..comm.communicator import Communicator, Request
@@ -118,9 +118,20 @@ def own_last(size: int) -> list[int]:
     return [*range(1, size), 0]
 
 
-def when_own_is_last(own: range, rank: int, size: int) -> list[tuple[int, int]]:
-    """(rank, block) in the order in which others work on this rank's own, when each takes its own last."""
-    return [((rank + step) % size, block) for block in own for step in range(1, size)]
+Turn: TypeAlias = tuple[int, int]
+"""(round, step): when a block is worked on. A rank's own come last in a round, so that their step is N."""
+
+
+def turn(owned: list[range], rank: int, owner: int, block: int) -> Turn:
+    """When a rank works on an owner's block, its own last in each round."""
+    return block - owned[owner].start, (rank - owner) % len(owned) or len(owned)
+
+
+def when_own_is_last(owned: list[range], rank: int) -> list[tuple[Turn, int, int]]:
+    """(turn, rank, block): when which others work on this rank's blocks, if each takes its own last."""
+    size = len(owned)
+    return [((position, step), (rank + step) % size, block)
+            for position, block in enumerate(owned[rank]) for step in range(1, size)]
 
 
 def ahead(started: Iterable[Item]) -> Iterator[Item]:
@@ -153,20 +164,26 @@ class ReduceToOwner:
     """Reduce: weight-gradient partials go straight home, block by block, to the rank that sums them.
 
     shape      of a block's gradient
-    expected   (rank, block): whose partials of which of this rank's blocks come, in the order in which they are sent
+    expected   (turn, rank, block): when whose partials of which of this rank's blocks are sent, in order
 
-    AHEAD sends, and AHEAD groups of receives, may be under way, so that they travel under the computation of the next
-    blocks; beside them a rank holds only those pieces of its own blocks that wait for another.
+    At each turn call `receive` and then `send`: in this order, and for turns at which this rank has no work as well,
+    because others may have, and wait until what they sent is received. AHEAD sends, and the receives of AHEAD ranks,
+    may be under way, so that they travel under the computation of the next blocks; beside them a rank holds only those
+    pieces of its own blocks that wait for another.
     """
 
     def __init__(
-        self, comm: Communicator, model: Model, shape: tuple[int, ...], tag: Tag, expected: Iterable[tuple[int, int]]
+        self, comm: Communicator, model: Model, shape: tuple[int, ...], tag: Tag,
+        expected: Iterable[tuple[Turn, int, int]]
     ) -> None:
         self.comm = comm
         self.model = model
         self.shape = shape
         self.tag = tag
         self.expected = deque(expected)
+        # Of one turn's receives none may be waited for before all are posted.
+        turns = [when for when, _, _ in self.expected]
+        self.ahead = max([AHEAD, *map(turns.count, turns)])
         self.trees: dict[int, Tree[Array]] = {}
         self.arriving: deque[list[Arrival]] = deque()
         self.leaving: deque[list[Request]] = deque()
@@ -181,23 +198,20 @@ class ReduceToOwner:
         if len(self.leaving) > AHEAD:
             self.comm.Waitall(self.leaving.popleft())
 
-    def receive(self, count: int) -> None:
-        """Irecv the next `count` of what is expected, as one group."""
-        nodes = [cover(tuple(range(self.model.grid.num_tiles)), self.model.grid.slots_of(peer))
-                 for peer in range(self.comm.size)]
-        group = [
-            Arrival(self.comm.Irecv(self.model.empty("buffers", *self.shape), peer, self.tag), self._tree(block), node)
-            for peer, block in (self.expected.popleft() for _ in range(min(count, len(self.expected))))
-            for node in nodes[peer]
-        ]
-        if group:
-            self.arriving.append(group)
-        if len(self.arriving) > AHEAD:
-            self._merge_oldest()
+    def receive(self, until: Turn | None) -> None:
+        """Irecv what is expected up to a turn; without one, all that is left."""
+        while self.expected and (until is None or self.expected[0][0] <= until):
+            _, peer, block = self.expected.popleft()
+            nodes = cover(tuple(range(self.model.grid.num_tiles)), self.model.grid.slots_of(peer))
+            self.arriving.append([
+                Arrival(self.comm.Irecv(self.model.empty("buffers", *self.shape), peer, self.tag), self._tree(block),
+                        node) for node in nodes])
+            if len(self.arriving) > self.ahead:
+                self._merge_oldest()
 
     def finish(self) -> list[Array]:
         """The whole gradient of each of this rank's blocks, when everything has arrived and left."""
-        self.receive(len(self.expected))
+        self.receive(None)
         while self.arriving:
             self._merge_oldest()
         while self.leaving:

@@ -47,6 +47,7 @@ from .collectives import (
     all_reduce,
     in_turn,
     own_last,
+    turn,
     when_own_is_last,
 )
 from .tags import Tag
@@ -76,7 +77,7 @@ def embedding_backward(
     """Writes the embedding's gradient; where the head is tied to it, adds to what the head has written."""
     config, grid, xp = model.config, model.grid, model.xp
     summed_by = [share(len(grid.blocks), rank, mesh.tokens.size) for rank in range(mesh.tokens.size)]
-    expected = when_own_is_last(summed_by[mesh.tokens.rank], mesh.tokens.rank, mesh.tokens.size)
+    expected = when_own_is_last(summed_by, mesh.tokens.rank)
     home = ReduceToOwner(mesh.tokens, model, weights.embedding.shape[1:], Tag.EMBEDDING_GRADIENTS, expected)
     for owner, position in in_turn(summed_by, mesh.tokens.rank, own_last(mesh.tokens.size)):
         dtable = Tree[Array](range(config.tiles))
@@ -85,8 +86,8 @@ def embedding_backward(
             leaf = model.empty("working", *weights.embedding.shape[1:])
             embed_backward(xp, dx[slot], tokens[slot], grid.blocks[position] * len(leaf), out=leaf)
             dtable.add(slot, leaf)
+        home.receive(turn(summed_by, mesh.tokens.rank, owner, position))
         home.send(owner, position, dtable)
-        home.receive(int(owner != mesh.tokens.rank))
     mine = share(len(grid.blocks), mesh.tokens.rank, mesh.tokens.size)
     summed = [gradients.embedding[position] + total if config.tied_head else total
               for position, total in zip(mine, home.finish())]
@@ -149,7 +150,8 @@ def attention_backward(
     normed = normalise(model, saved.x, gain)
     sums = AllReduceTiles(mesh.weights, model, Tag.ATTENTION_SUMS)
     summed_by = [share(len(grid.blocks), rank, mesh.tokens.size) for rank in range(mesh.tokens.size)]
-    expected = [(peer, position) for position in summed_by[mesh.tokens.rank] for peer in mesh.tokens.others]
+    mine = summed_by[mesh.tokens.rank]
+    expected = [((position, 0), peer, position) for position in mine for peer in mesh.tokens.others]
     home = ReduceToOwner(mesh.tokens, model, weights.attention[layer].shape[1:], Tag.ATTENTION_GRADIENTS, expected)
     order = list(in_turn(summed_by, 0, range(0, -mesh.tokens.size, -1)))  # the same on all ranks
 
@@ -191,8 +193,9 @@ def attention_backward(
                 xp, dq[slot], dk, dv, normed[slot], wqkv, model.rotary[slot], out=dwqkv))
             out_backward_weight(xp, dy[slot], saved.heads[block, slot], out=dwo)
             dweights.add(slot, leaf)
+        if owner == mesh.tokens.rank:
+            home.receive((position, 0))
         home.send(owner, position, dweights)
-        home.receive(mesh.tokens.size - 1 if owner == mesh.tokens.rank else 0)
     all_gather_gradients(mesh.tokens, gradients.attention[layer], home.finish(), Tag.ATTENTION_GRADIENTS)
     dx = normalise_backward(model, sums.finish(), saved.x, gain, dgain, 2 * layer)
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
@@ -228,7 +231,7 @@ def mlp_backward(
     normed = normalise(model, saved.x, gain)
     sums = AllReduceTiles(mesh.weights, model, Tag.MLP_SUMS)
     summed_by = [share(len(grid.blocks), rank, mesh.tokens.size) for rank in range(mesh.tokens.size)]
-    expected = when_own_is_last(summed_by[mesh.tokens.rank], mesh.tokens.rank, mesh.tokens.size)
+    expected = when_own_is_last(summed_by, mesh.tokens.rank)
     home = ReduceToOwner(mesh.tokens, model, weights.mlp[layer].shape[1:], Tag.MLP_GRADIENTS, expected)
     for owner, position in in_turn(summed_by, mesh.tokens.rank, own_last(mesh.tokens.size)):
         block, packed = grid.blocks[position], weights.mlp[layer][position]
@@ -241,8 +244,8 @@ def mlp_backward(
             sums.add(slot, block, swiglu_backward(
                 xp, dy[slot], normed[slot], gate_up, down, projected, out=mlp_views(config, leaf)))
             dweights.add(slot, leaf)
+        home.receive(turn(summed_by, mesh.tokens.rank, owner, position))
         home.send(owner, position, dweights)
-        home.receive(int(owner != mesh.tokens.rank))
     all_gather_gradients(mesh.tokens, gradients.mlp[layer], home.finish(), Tag.MLP_GRADIENTS)
     dx = normalise_backward(model, sums.finish(), saved.x, gain, dgain, 2 * layer + 1)
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
@@ -281,7 +284,7 @@ def head_backward(
     normed = normalise(model, saved.x, weights.gains[-1])
     sums = AllReduceTiles(mesh.weights, model, Tag.HEAD_SUMS)
     summed_by = [share(len(grid.blocks), rank, mesh.tokens.size) for rank in range(mesh.tokens.size)]
-    expected = when_own_is_last(summed_by[mesh.tokens.rank], mesh.tokens.rank, mesh.tokens.size)
+    expected = when_own_is_last(summed_by, mesh.tokens.rank)
     home = ReduceToOwner(mesh.tokens, model, weights.head_table.shape[1:], Tag.HEAD_GRADIENTS, expected)
     for owner, position in in_turn(summed_by, mesh.tokens.rank, own_last(mesh.tokens.size)):
         block, table = grid.blocks[position], weights.head_table[position]
@@ -292,8 +295,8 @@ def head_backward(
             sums.add(slot, block, logits_backward(
                 xp, scale, normed[slot], table, targets[slot], block * len(table), saved.logsumexp[slot], out=leaf))
             dtable.add(slot, leaf)
+        home.receive(turn(summed_by, mesh.tokens.rank, owner, position))
         home.send(owner, position, dtable)
-        home.receive(int(owner != mesh.tokens.rank))
     all_gather_gradients(mesh.tokens, gradients.head_table, home.finish(), Tag.HEAD_GRADIENTS)
     return normalise_backward(model, sums.finish(), saved.x, weights.gains[-1], dgain, -1)
 

@@ -57,6 +57,7 @@ from .collectives import (
     all_reduce,
     in_turn,
     own_last,
+    turn,
     when_own_is_last,
 )
 from .tags import Tag
@@ -200,17 +201,18 @@ def embedding_backward(
     The rows themselves are not needed, so nothing circulates: every rank works for each owner in turn, as in the ring.
     """
     config, grid, xp = model.config, model.grid, model.xp
-    expected = when_own_is_last(grid.blocks, comm.rank, comm.size)
+    dealt = owned(comm, model)
+    expected = when_own_is_last(dealt, comm.rank)
     home = ReduceToOwner(comm, model, weights.embedding.shape[1:], Tag.EMBEDDING_GRADIENTS, expected)
-    for owner, block in in_turn(owned(comm, model), comm.rank, own_last(comm.size)):
+    for owner, block in in_turn(dealt, comm.rank, own_last(comm.size)):
         dtable = Tree[Array](range(config.tiles))
         for slot in grid.slots:
             comm.progress(block, slot)
             leaf = model.empty("working", *weights.embedding.shape[1:])
             embed_backward(xp, dx[slot], tokens[slot], block * len(leaf), out=leaf)
             dtable.add(slot, leaf)
+        home.receive(turn(dealt, comm.rank, owner, block))
         home.send(owner, block, dtable)
-        home.receive(int(owner != comm.rank))
     for out, total in zip(gradients.embedding, home.finish()):
         out[...] = out + total if config.tied_head else total
 
@@ -271,7 +273,7 @@ def attention_backward(
     gain = weights.gains[2 * layer]
     normed = normalise(model, saved.x, gain)
     dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    expected = [(peer, block) for block in grid.blocks for peer in comm.others]
+    expected = [((block, 0), peer, block) for block in grid.blocks for peer in comm.others]
     home = ReduceToOwner(comm, model, weights.attention[layer].shape[1:], Tag.ATTENTION_GRADIENTS, expected)
     blocks = arriving(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS)
 
@@ -280,7 +282,7 @@ def attention_backward(
             yield GatherKeysValues(comm, model, saved.keys_values[block], Tag.KEYS_VALUES)
 
     def attended() -> Iterator[tuple[int, int, Array, Tiles, dict[int, Tree[Array]], ScatterKeysValues]]:
-        for exchange, (owner, block, packed) in zip(ahead(gathered()), blocks, strict=True):
+        for exchange, (owner, block, packed) in zip(ahead(gathered()), blocks, strict=True):  # strict, so that both end
             _, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
             keys_values = exchange.finish()  # -> [2, B, K/G, S, e]
             dq: Tiles = {}
@@ -311,8 +313,9 @@ def attention_backward(
                 xp, dq[slot], dk, dv, normed[slot], wqkv, model.rotary[slot], out=dwqkv))
             out_backward_weight(xp, dy[slot], saved.heads[block, slot], out=dwo)
             dweights.add(slot, leaf)
+        if owner == comm.rank:
+            home.receive((block, 0))
         home.send(owner, block, dweights)
-        home.receive(comm.size - 1 if owner == comm.rank else 0)
     for out, total in zip(gradients.attention[layer], home.finish()):
         out[...] = total
     dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer)
@@ -348,7 +351,8 @@ def mlp_backward(
     gain = weights.gains[2 * layer + 1]
     normed = normalise(model, saved.x, gain)
     dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    expected = when_own_is_last(grid.blocks, comm.rank, comm.size)
+    dealt = owned(comm, model)
+    expected = when_own_is_last(dealt, comm.rank)
     home = ReduceToOwner(comm, model, weights.mlp[layer].shape[1:], Tag.MLP_GRADIENTS, expected)
     for owner, block, packed in arriving(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS):
         gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
@@ -360,8 +364,8 @@ def mlp_backward(
             dnormed[slot].add(block, swiglu_backward(
                 xp, dy[slot], normed[slot], gate_up, down, projected, out=mlp_views(config, leaf)))
             dweights.add(slot, leaf)
+        home.receive(turn(dealt, comm.rank, owner, block))
         home.send(owner, block, dweights)
-        home.receive(int(owner != comm.rank))
     for out, total in zip(gradients.mlp[layer], home.finish()):
         out[...] = total
     dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer + 1)
@@ -399,7 +403,8 @@ def head_backward(
     scale = 1.0 / (config.batch_size * config.seq_len)
     normed = normalise(model, saved.x, weights.gains[-1])
     dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    expected = when_own_is_last(grid.blocks, comm.rank, comm.size)
+    dealt = owned(comm, model)
+    expected = when_own_is_last(dealt, comm.rank)
     home = ReduceToOwner(comm, model, weights.head_table.shape[1:], Tag.HEAD_GRADIENTS, expected)
     for owner, block, table in arriving(comm, model, weights.head_table, Tag.HEAD_WEIGHTS):
         dtable = Tree[Array](range(config.tiles))
@@ -409,8 +414,8 @@ def head_backward(
             dnormed[slot].add(block, logits_backward(
                 xp, scale, normed[slot], table, targets[slot], block * len(table), saved.logsumexp[slot], out=leaf))
             dtable.add(slot, leaf)
+        home.receive(turn(dealt, comm.rank, owner, block))
         home.send(owner, block, dtable)
-        home.receive(int(owner != comm.rank))
     for out, total in zip(gradients.head_table, home.finish()):
         out[...] = total
     return normalise_backward(model, totals(dnormed), saved.x, weights.gains[-1], dgain, -1)
