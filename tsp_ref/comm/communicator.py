@@ -185,6 +185,8 @@ class Communicator(ABC):
         if not requests:
             raise ValueError("Waitany needs at least one request: nothing else would ever end it")
         polls = 0
+        # Before the first look: a second thread may notice the end of a message between that look and the wait's mark.
+        began = time.perf_counter() if self.timeline is not None else 0.0
         while True:
             for index, request in enumerate(requests):
                 if request.done or self._advance(request):
@@ -195,7 +197,7 @@ class Communicator(ABC):
                         self.timeline.resume(request)
                     return index
             if self.timeline is not None and not polls:
-                self.timeline.wait()
+                self.timeline.wait(began)
             on_the_link = [request.ready for request in requests if request.arrived]
             if on_the_link:
                 # As a wait for a network: without using the processor, and not past the next message's arrival.
@@ -244,10 +246,10 @@ class Communicator(ABC):
                 if self.link is not None:
                     now = time.perf_counter()
                     request.ready = self.link.through(request.verb, request.peer, request.array.nbytes, now)
-        complete = request.arrived and (self.link is None or time.perf_counter() >= request.ready)
-        if self.timeline is not None and complete and not request.noticed:
-            request.noticed = True
-            self.timeline.complete(request)
+            complete = request.arrived and (self.link is None or time.perf_counter() >= request.ready)
+            if self.timeline is not None and complete and not request.noticed:
+                request.noticed = True
+                self.timeline.complete(request)
         return complete
 
     def _close(self, request: Request) -> None:

@@ -103,9 +103,9 @@ class Timeline:
         """It is noticed that a message is complete."""
         self.marks.append(("complete", time.perf_counter(), id(request)))
 
-    def wait(self) -> None:
-        """From here on this rank waits."""
-        self.marks.append(("wait", time.perf_counter()))
+    def wait(self, since: float) -> None:
+        """Since then this rank waits; nothing but ends of messages has been marked meanwhile."""
+        self.marks.append(("wait", since))
 
     def resume(self, request: Request | None) -> None:
         """The wait is over, for this message is complete."""

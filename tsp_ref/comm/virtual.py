@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -62,7 +63,7 @@ class VirtualCommunicator(Communicator):
         """Whether the message is complete; before it answers, one message is delivered and others have a turn."""
         self.world.deliver()
         if self.timeline is not None:
-            self.timeline.wait()
+            self.timeline.wait(time.perf_counter())
         self.world.yield_turn(self.rank, [])
         if self.timeline is not None:
             self.timeline.resume(None)
