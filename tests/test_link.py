@@ -72,12 +72,12 @@ def test_a_message_that_is_helped_on_travels_under_the_computation():
 
 
 def test_a_wait_for_one_message_moves_all_others_on():
-    """As inside MPI: else messages without computation would travel one by one, and seem to take longer than they do."""
+    """As inside MPI: else messages without computation would travel one by one, and seem to take longer."""
     comm = LocalCopies(0, 2)
-    comm.travel_by("wait", Link(1e6))
+    comm.travel_by("wait", Link(1e4))
     first, second = (comm.Irecv(np.zeros(1000, dtype=np.uint8), 1, tag) for tag in (5, 6))
     comm.Wait(first)
-    assert second.ready == pytest.approx(first.ready + 1e-3)
+    assert second.arrived and not second.done
 
 
 def test_an_unknown_way_of_progress_is_refused_and_a_thread_on_virtual_ranks():
