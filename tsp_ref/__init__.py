@@ -31,9 +31,10 @@ Where to read, top to bottom: `config` (what a model is), `grid` (who owns what)
 `schedules` (the maths and the messages joined), `formulas` (what they must send, hold and compute), `training`, `cli`.
 """
 
-from . import threads
+from . import allocator, threads
 
 __version__ = "0.1.0"
 
 # Before anything here loads NumPy: a BLAS reads the number of its threads when it is loaded.
 threads.pin()
+allocator.keep_freed_memory()

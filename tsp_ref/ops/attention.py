@@ -7,8 +7,13 @@ needs only the log-sum-exp of the scores, FlashAttention, arXiv 2205.14135.
 
 from __future__ import annotations
 
+import math
+
 from ..arrays import Array, Namespace
 from .rotary import rotary_backward, rotary_forward
+
+CHUNK_BYTES = 512 * 1024
+"""Of a chunk of scores: with its gradient it fits the second-level cache of most processors (chosen by measurement)."""
 
 
 def qkv_forward(
@@ -36,14 +41,13 @@ def qkv_backward(
 ) -> Array:
     """dq [B, K/G, g·s, e], dk and dv [B, K/G, s, e] -> dx [B, s, h]; dwqkv is written into `out`."""
     batch, length, hidden = x.shape
-    head_dim = dq.shape[-1]
-    dheads = xp.empty((batch, wqkv.shape[1] // head_dim, length, head_dim), dtype=x.dtype)  # [B, (H+2*K)/G, s, e]
-    kv_heads = dk.shape[1]
+    head_dim, kv_heads = dq.shape[-1], dk.shape[1]
+    dqkv = xp.empty((batch * length, wqkv.shape[1]), dtype=x.dtype)  # [B*s, (H+2*K)/G*e]
+    dheads = dqkv.reshape(batch, length, -1, head_dim).transpose(0, 2, 1, 3)  # -> [B, (H+2*K)/G, s, e]
     queries = dheads.shape[1] - 2 * kv_heads
-    dheads[:, :queries] = rotary_backward(xp, dq.reshape(batch, queries, length, head_dim), rotary)
-    dheads[:, queries : queries + kv_heads] = rotary_backward(xp, dk, rotary)
+    rotary_backward(xp, dq.reshape(batch, queries, length, head_dim), rotary, out=dheads[:, :queries])
+    rotary_backward(xp, dk, rotary, out=dheads[:, queries : queries + kv_heads])
     dheads[:, queries + kv_heads :] = dv
-    dqkv = dheads.transpose(0, 2, 1, 3).reshape(batch * length, -1)  # -> [B*s, (H+2*K)/G*e]
     xp.matmul(x.reshape(batch * length, hidden).T, dqkv, out=out)
     dx = dqkv @ wqkv.T  # [B*s, (H+2*K)/G*e] -> [B*s, h]
     return dx.reshape(batch, length, hidden)
@@ -59,11 +63,17 @@ def attention_scores(xp: Namespace, q: Array, k: Array, mask: Array) -> Array:
 
     Only the last s columns, the tile against itself, need the mask: all keys before the tile are visible.
     """
-    batch, kv_heads, rows, head_dim = q.shape
-    length = mask.shape[0]
+    head_dim = q.shape[-1]
     scores = (q * head_dim**-0.5) @ k.swapaxes(-1, -2)  # [B, K/G, g*s, e] -> [B, K/G, g*s, n]
-    scores.reshape(batch, kv_heads, rows // length, length, -1)[..., -length:] += mask
+    add_mask(scores, mask)
     return scores
+
+
+def add_mask(scores: Array, mask: Array) -> None:
+    """Add the mask [s, s] to the last s columns of scores [B, K/G, g·s, n], in place: to those of each query head."""
+    batch, kv_heads, rows, _ = scores.shape
+    length = mask.shape[0]
+    scores.reshape(batch, kv_heads, rows // length, length, -1)[..., -length:] += mask
 
 
 def attend_forward(xp: Namespace, q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
@@ -85,23 +95,42 @@ def attend_forward(xp: Namespace, q: Array, k: Array, v: Array, mask: Array) -> 
 def attend_backward(
     xp: Namespace, dheads: Array, q: Array, k: Array, v: Array, mask: Array, heads: Array, logsumexp: Array
 ) -> tuple[Array, Array]:
-    """The softmax is recomputed from its log-sum-exp, so no [s, n] array is ever kept.
+    """The softmax is recomputed from its log-sum-exp, so no [g·s, n] array is ever kept, nor made: the work goes by
+    chunks of keys that fit the cache. The plain form, with p the softmax, and all of it at once:
+
+        dv = pᵀ dheads,  dscores = p * (dheads vᵀ - rows of <dheads, heads>) / √e,  dq = dscores k,  dk = dscoresᵀ q
 
     dheads [B, K/G, g·s, e] -> dq [B, K/G, g·s, e] and, stacked, dk and dv [2, B, K/G, n, e].
     """
-    probs = attention_scores(xp, q, k, mask)
-    probs -= logsumexp
-    xp.exp(probs, out=probs)
-    dkv = xp.empty((2, *k.shape), dtype=k.dtype)  # [2, B, K/G, n, e]
-    xp.matmul(probs.swapaxes(-1, -2), dheads, out=dkv[1])
-    dscores = dheads @ v.swapaxes(-1, -2)  # [B, K/G, g*s, e] -> [B, K/G, g*s, n]
+    scale = q.shape[-1] ** -0.5
+    scaled = q * scale
     # A softmax passes on only what differs from the weighted mean of its gradient, which is <dheads, heads>.
-    dscores -= xp.sum(dheads * heads, axis=-1, keepdims=True)
-    dscores *= probs
-    dscores *= q.shape[-1] ** -0.5
-    xp.matmul(dscores.swapaxes(-1, -2), q, out=dkv[0])
-    dq = dscores @ k  # [B, K/G, g*s, n] -> [B, K/G, g*s, e]
+    mean = xp.sum(dheads * heads, axis=-1, keepdims=True)  # [B, K/G, g*s, e] -> [B, K/G, g*s, 1]
+    dkv = xp.empty((2, *k.shape), dtype=k.dtype)  # [2, B, K/G, n, e]
+    dq = xp.zeros(q.shape, dtype=q.dtype)
+    for keys in key_chunks(q, k.shape[2], mask.shape[0]):
+        chunk_k, chunk_v = k[:, :, keys], v[:, :, keys]  # -> [B, K/G, c, e], [B, K/G, c, e]
+        probs = scaled @ chunk_k.swapaxes(-1, -2)  # [B, K/G, g*s, e] -> [B, K/G, g*s, c]
+        if keys.stop == k.shape[2]:
+            add_mask(probs, mask)
+        probs -= logsumexp
+        xp.exp(probs, out=probs)
+        xp.matmul(probs.swapaxes(-1, -2), dheads, out=dkv[1][:, :, keys])
+        dscores = dheads @ chunk_v.swapaxes(-1, -2)  # [B, K/G, g*s, e] -> [B, K/G, g*s, c]
+        dscores -= mean
+        dscores *= probs
+        xp.matmul(dscores.swapaxes(-1, -2), scaled, out=dkv[0][:, :, keys])
+        dq += dscores @ chunk_k  # [B, K/G, g*s, c] -> [B, K/G, g*s, e]
+    dq *= scale
     return dq, dkv
+
+
+def key_chunks(q: Array, count: int, length: int) -> list[slice]:
+    """The keys 0..count-1 cut in chunks of whole tiles of `length`, whose scores for q [B, K/G, g·s, e] take about
+    CHUNK_BYTES; the last chunk holds the tile that the mask is for."""
+    tile_bytes = math.prod(q.shape[:3]) * length * q.dtype.itemsize
+    step = length * max(1, CHUNK_BYTES // tile_bytes)
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 def merge_heads(xp: Namespace, heads: Array, length: int) -> Array:

@@ -9,8 +9,12 @@ from ..arrays import Array, Namespace
 
 
 def sigmoid(xp: Namespace, x: Array) -> Array:
-    """1 / (1 + exp(-x)), written with tanh, which does not overflow."""
-    return 0.5 * xp.tanh(0.5 * x) + 0.5
+    """1 / (1 + exp(-x)), written with tanh, which does not overflow: (tanh(x/2) + 1) / 2."""
+    y = 0.5 * x
+    xp.tanh(y, out=y)
+    y *= 0.5
+    y += 0.5
+    return y
 
 
 def swiglu_forward(xp: Namespace, x: Array, gate_up: Array, down: Array) -> tuple[Array, Array]:
@@ -19,26 +23,38 @@ def swiglu_forward(xp: Namespace, x: Array, gate_up: Array, down: Array) -> tupl
     projected = x.reshape(batch * length, hidden) @ gate_up  # [B*s, h] -> [B*s, 2*f/G]
     width = down.shape[0]
     gate, up = projected[:, :width], projected[:, width:]  # -> [B*s, f/G], [B*s, f/G]
-    y = (gate * sigmoid(xp, gate) * up) @ down  # [B*s, f/G] -> [B*s, h]
+    gated = sigmoid(xp, gate)
+    gated *= gate
+    gated *= up
+    y = gated @ down  # [B*s, f/G] -> [B*s, h]
     return y.reshape(batch, length, hidden), projected
 
 
 def swiglu_backward(
     xp: Namespace, dy: Array, x: Array, gate_up: Array, down: Array, projected: Array, out: tuple[Array, Array]
 ) -> Array:
-    """dy [B, s, h] -> dx [B, s, h]; the gradients of gate_up and down are written into `out`."""
+    """dy [B, s, h] -> dx [B, s, h]; the gradients of gate_up and down are written into `out`.
+
+    The plain form of what is done in place here: silu = gate · slope, with slope = sigmoid(gate), and its derivative is
+    slope + silu · (1 - slope) = slope · (1 + gate - silu).
+    """
     batch, length, hidden = x.shape
     width = down.shape[0]
     gate, up = projected[:, :width], projected[:, width:]  # -> [B*s, f/G], [B*s, f/G]
     slope = sigmoid(xp, gate)
     silu = gate * slope
     flat = dy.reshape(batch * length, hidden)  # [B, s, h] -> [B*s, h]
-    xp.matmul((silu * up).T, flat, out=out[1])
     dhidden = flat @ down.T  # [B*s, h] -> [B*s, f/G]
     dprojected = xp.empty(projected.shape, dtype=projected.dtype)  # [B*s, 2*f/G]
-    # The derivative of z·sigmoid(z) is sigmoid(z) + z·sigmoid(z)·(1 - sigmoid(z)).
-    dprojected[:, :width] = dhidden * up * (slope + silu * (1.0 - slope))
-    dprojected[:, width:] = dhidden * silu
+    dgate, dup = dprojected[:, :width], dprojected[:, width:]  # -> [B*s, f/G], [B*s, f/G]
+    xp.multiply(dhidden, silu, out=dup)
+    xp.subtract(gate, silu, out=dgate)
+    dgate += 1.0
+    dgate *= slope
+    dgate *= up
+    dgate *= dhidden
+    silu *= up
+    xp.matmul(silu.T, flat, out=out[1])
     xp.matmul(x.reshape(batch * length, hidden).T, dprojected, out=out[0])
     dx = dprojected @ gate_up.T  # [B*s, 2*f/G] -> [B*s, h]
     return dx.reshape(batch, length, hidden)

@@ -25,12 +25,10 @@ def rotary_forward(xp: Namespace, x: Array, table: Array) -> Array:
     return y
 
 
-def rotary_backward(xp: Namespace, dy: Array, table: Array) -> Array:
-    """A rotation's gradient is the rotation back."""
+def rotary_backward(xp: Namespace, dy: Array, table: Array, out: Array) -> None:
+    """A rotation's gradient is the rotation back; written into `out`, where the other gradients of a tile lie."""
     cos, sin = table[0], table[1]
     half = dy.shape[-1] // 2
     first, second = dy[..., :half], dy[..., half:]
-    dx = xp.empty(dy.shape, dtype=dy.dtype)
-    dx[..., :half] = first * cos + second * sin
-    dx[..., half:] = second * cos - first * sin
-    return dx
+    out[..., :half] = first * cos + second * sin
+    out[..., half:] = second * cos - first * sin
