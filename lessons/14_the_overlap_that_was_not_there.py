@@ -193,8 +193,8 @@ def show_timings(lesson: Lesson, pair: Pair) -> float:
     needed = LINK_OF_COMPUTE * median(seconds_of(pair.compute) for _ in range(REPEATS)) / (comm.size if virtual else 1)
     lesson.say(f"Each rank sends {SIZE:,} bytes to its right neighbour and makes {PRODUCTS} products of matrices, "
                f"{SIDE} x {SIDE}.\nThe link needs {LINK_OF_COMPUTE} of the computation's time for a message, "
-               f"{1e3 * needed:.1f} ms. Medians of {REPEATS}\nrounds, in ms, from when all ranks begin until the last is "
-               "through:")
+               f"{1e3 * needed:.1f} ms. Medians of {REPEATS}\nrounds, in ms, from when all ranks begin until all "
+               "are through:")
     table = table_with("", "messages", "computation", "both", "hidden")
     for name, link in (("as MPI is here", None), ("over the link", link_that_takes(needed, SIZE))):
         comm.travel_by("wait", link)

@@ -28,6 +28,7 @@ has been posted cannot move, however often somebody looks.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -216,7 +217,7 @@ class Notes:
 class Rehearsal:
     """What runs of a ring on a few virtual ranks showed.
 
-    right     all products have the right bits, on every rank, under every seed
+    right     all products have the right bits, on every rank, under every seed, and also where looks are in vain
     posted    at each step the receive was posted before the first product
     in_time   in the order of posting, each message was complete before its step's last product began
     error     what ended a run early, if anything
@@ -228,10 +229,23 @@ class Rehearsal:
     error: str = ""
 
 
+def look_in_vain(comm: Communicator, times: int = 100) -> None:
+    """Let the first looks at each message find nothing: so a ring that does not wait is found out."""
+    look, looks = comm.Test, Counter[int]()
+
+    def test(request: Request) -> bool:
+        looks[id(request)] += 1
+        return request.done or (looks[id(request)] > times and look(request))
+
+    comm.Test = test  # type: ignore[method-assign]
+
+
 def rehearse(ring: Turn, buffers: int = 2) -> Rehearsal:
     """Run a ring on a few virtual ranks, which copy a message as late as they can, once per seed."""
 
-    def rank(comm: Communicator) -> tuple[bool, bool, bool]:
+    def rank(comm: Communicator, in_vain: bool) -> tuple[bool, bool, bool]:
+        if in_vain:
+            look_in_vain(comm)
         mine = Ring(comm, REHEARSAL_SIDE)
         mine.spare = [mine.spare[number % buffers] for number in range(2)]
         with recording(comm) as timeline:
@@ -242,7 +256,8 @@ def rehearse(ring: Turn, buffers: int = 2) -> Rehearsal:
         return mine.right(notes), notes.posted == wanted, len(lane.messages) > 0 and all(notes.in_time(lane))
 
     try:
-        found = [VirtualWorld(REHEARSAL_RANKS, seed).run(rank) for seed in REHEARSAL_SEEDS]
+        found = [VirtualWorld(REHEARSAL_RANKS, seed).run(partial(rank, in_vain=in_vain))
+                 for in_vain in (False, True) for seed in REHEARSAL_SEEDS]
     except MessageError as error:
         return Rehearsal(error=str(error))
     right, posted = (all(row[index] for rows in found for row in rows) for index in (0, 1))
@@ -313,7 +328,7 @@ def show_timings(lesson: Lesson, mine: Ring) -> tuple[list[Kind], Link]:
     needed = LINK_OF_STEP / steps * median(until_all_are_through(comm, mine.computation) for _ in range(REPEATS))
     link = link_that_takes(needed, mine.own.nbytes)
     lesson.say(f"Each rank has {TILES} tiles, and the ring {comm.size} steps. The link needs {LINK_OF_STEP} of a step's "
-               f"computation for a\nmatrix, {1e3 * needed:.1f} ms. Medians of {REPEATS} rounds, by turns, in ms:")
+               f"computation for a\nmatrix: {1e3 * needed:.1f} ms. Medians of {REPEATS} rounds by turns, in ms:")
 
     def seconds_of(work: Callable[[], object], progress: str = "wait") -> float:
         comm.travel_by(progress, link)
@@ -362,9 +377,9 @@ def show_thread(lesson: Lesson, possible: list[Kind]) -> None:
     """A message that is complete though its rank only multiplies."""
     lesson.part("Somebody else looks")
     if possible[-1].progress != "thread":
-        lesson.say("That would be a second thread of a rank, which looks while the first is inside a matmul, where\n"
-                   "NumPy lets other threads run. It is left out here: only one virtual rank runs at a time, so nobody\n"
-                   "could help it, and some MPIs let only one thread call them. Run the lesson with mpirun to see it.")
+        lesson.say("That would be a second thread of a rank, which looks while the first is inside a matmul,\n"
+                   "where NumPy lets other threads run. It is left out here: only one virtual rank runs at a time, so\n"
+                   "nobody could help it, and some MPIs let only one thread call them. See it with mpirun.")
         return
     lesson.say("Post, and then multiply until the messages are complete, without a call into MPI. With a helping\n"
                "thread that ends; without one it never would, so it is given up after the longest time of the first:")

@@ -309,7 +309,7 @@ def show_hidden(lesson: Lesson, lanes: list[Lane], found: list[Pair]) -> None:
         table.add_row(str(lane.rank), f"{1e3 * whole:.1f}",
                       *(("", "") if hidden is None else (f"{1e3 * hidden:.1f}", f"{hidden / whole:.0%}")))
     lesson.say(table)
-    lesson.say("Where something comes while the rank waits, a faster link would help, or somebody who looks more often;\n"
+    lesson.say("Where something comes while the rank waits, a faster link would help, or looking more often;\n"
                "where it waits and nothing comes, the other rank is late.")
     lesson.check("hidden_seconds is what sweeping over the step finds, on every rank", right)
 
@@ -320,9 +320,9 @@ def show_trace(lesson: Lesson, lanes: list[Lane], found: list[Pair], file: Whole
     text = trace(lanes, "a training step under TSP")
     events = json.loads(text)["traceEvents"]
     kinds = Counter(event["ph"] for event in events)
-    lesson.say(f"A trace is a list of events, {len(events):,} here. X: a span, with its begin and duration in µs. b and "
-               "e: a message's\nbegin and end. s and f: where an arrow starts and ends. Here, of the message that was on "
-               "its way longest:")
+    lesson.say(f"A trace is a list of events, {len(events):,} here. X: a span, with its begin and duration in µs. "
+               "b and e: a\nmessage's begin and end. s and f: where an arrow starts and ends. Here, of the message "
+               "that was longest on its way:")
     starts, ends = ({event["id"]: event for event in events if event["ph"] == kind} for kind in "sf")
     if found:
         number = max(range(len(found)), key=lambda index: on_its_way(found[index])[1] - on_its_way(found[index])[0])
@@ -338,8 +338,8 @@ def show_trace(lesson: Lesson, lanes: list[Lane], found: list[Pair], file: Whole
     if file.path is None:
         lesson.say("With --trace FILE it is written to a file, for https://ui.perfetto.dev.")
     else:
-        lesson.say(f"Written to {escape(file.path)}, for https://ui.perfetto.dev: a row for each rank; choose a span, and "
-                   "see the arrows\nthat lead to it and from it.")
+        lesson.say(f"Written to {escape(file.path)}, for https://ui.perfetto.dev: a row for each rank; choose a "
+                   "span, and see the\narrows that lead to it and from it.")
 
 
 def main(lesson: Lesson) -> None:

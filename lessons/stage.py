@@ -159,7 +159,7 @@ def fill(holes: Sequence[FunctionType], path: str) -> None:
         raise UserError(f"--answer {path} cannot be run: {type(error).__name__}: {error}") from None
     found = [name for name in names_of_holes if callable(written.get(name))]
     if not found:
-        raise UserError(f"--answer {path} has no function {' or '.join(names_of_holes)}: write one of them there")
+        raise UserError(f"--answer {path} has no function {' or '.join(names_of_holes)}: write one there")
     lesson |= {name: written[name] for name in found}
 
 
