@@ -22,8 +22,8 @@ of the lesson's:
     mpirun -n 2 python lessons/14_the_overlap_that_was_not_there.py --answer mine.py
 
 Try it: look after each product, by `looks: Collection[int] = range(PRODUCTS)` in the first line of `both`. The hidden
-part in the link's row goes up, and the check that no message was complete before the computation had ended fails. That
-is the next lesson.
+part in the link's row goes up, and the check that from the computation's end on each message took the link's whole time
+fails; on a machine that is not too busy, so does the one that no message was complete before. That is the next lesson.
 """
 
 from __future__ import annotations
