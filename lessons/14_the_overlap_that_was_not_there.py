@@ -38,7 +38,7 @@ from statistics import median
 from typing import TypeAlias
 
 import numpy as np
-from stage import Lesson, link_that_takes, run, table_with, until_all_are_through, wait_for_all
+from stage import Lesson, link_that_takes, run, table_with, until_all_are_through
 
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator, Request
@@ -125,7 +125,7 @@ class Pair:
 
     def messages(self) -> None:
         """The messages alone."""
-        wait_for_all(self.comm, self.post())
+        self.comm.Waitall(self.post())
 
 
 def both(pair: Pair, looks: Collection[int] = ()) -> tuple[float, float]:
@@ -133,7 +133,7 @@ def both(pair: Pair, looks: Collection[int] = ()) -> tuple[float, float]:
     requests = pair.post()
     looked = pair.compute(requests, looks=looks)
     computed = time.perf_counter()
-    wait_for_all(pair.comm, requests)
+    pair.comm.Waitall(requests)
     return looked, computed
 
 
@@ -306,7 +306,7 @@ def peeked(pair: Pair) -> tuple[float, float]:
     pair.compute()
     there = 4 * np.count_nonzero(pair.coming)
     begin = time.perf_counter()
-    wait_for_all(pair.comm, requests)
+    pair.comm.Waitall(requests)
     wait, most = np.max(all_gather(pair.comm, np.array([time.perf_counter() - begin, there])), axis=0)
     return float(wait), float(most)
 

@@ -19,7 +19,7 @@ nothing. Have your own file judged in the place of the lesson's function:
 
     mpirun -n 2 python lessons/15_overlap_made_real.py --answer mine.py
 
-Try it: in `overlapped`, move the line with `comm.Irecv` below the loop over the tiles, next to a `wait_for_all` for it.
+Try it: in `overlapped`, move the line with `comm.Irecv` below the loop over the tiles, next to a `comm.Waitall` for it.
 Every product is right and nothing hangs, but the check that each step's receive was posted before its first product
 fails, and so does the one that every message was complete before its step's last product: a message for which no room
 has been posted cannot move, however often somebody looks.
@@ -38,7 +38,7 @@ from typing import TypeAlias
 
 import numpy as np
 from rich.markup import escape
-from stage import Lesson, link_that_takes, run, table_with, until_all_are_through, wait_for_all
+from stage import Lesson, link_that_takes, run, table_with, until_all_are_through
 
 from tsp_ref.arrays import Array
 from tsp_ref.comm.clocks import gather_lanes
@@ -85,7 +85,7 @@ def late(comm: Communicator, own: Array, spare: list[Array], multiply: Multiply)
             multiply(step, tile, held)
         if step + 1 < comm.size:
             coming = spare[step % 2]
-            wait_for_all(comm, [comm.Irecv(coming, left, Tag.MATRIX), comm.Isend(held, right, Tag.MATRIX)])
+            comm.Waitall([comm.Irecv(coming, left, Tag.MATRIX), comm.Isend(held, right, Tag.MATRIX)])
             held = coming
 
 
@@ -100,7 +100,7 @@ def early(comm: Communicator, own: Array, spare: list[Array], multiply: Multiply
             under_way = [comm.Irecv(coming, left, Tag.MATRIX), comm.Isend(held, right, Tag.MATRIX)]
         for tile in range(TILES):
             multiply(step, tile, held)
-        wait_for_all(comm, under_way)
+        comm.Waitall(under_way)
         held = coming
 
 
@@ -125,7 +125,7 @@ def overlapped(comm: Communicator, own: Array, spare: list[Array], multiply: Mul
             testall(comm, under_way)
             multiply(step, tile, held)
         # Both must be through: what has come is read next, and what has left may be written over in the step after.
-        wait_for_all(comm, under_way)
+        comm.Waitall(under_way)
         held = coming
 
 
@@ -409,7 +409,7 @@ def multiplied_until_complete(comm: Communicator, progress: str, patience: float
             complete = all(request.noticed for request in requests)  # a note, not a look
             if complete or seconds > patience:
                 break
-        wait_for_all(comm, requests)
+        comm.Waitall(requests)
     comm.travel_by("wait", None)
     return complete, products, seconds
 

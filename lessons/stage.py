@@ -26,7 +26,7 @@ from rich.table import Table
 
 from tsp_ref.activations import AttentionSaved, MlpSaved
 from tsp_ref.arrays import Array, Tiles
-from tsp_ref.comm.communicator import Communicator, Request
+from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather, from_root, gather_texts
 from tsp_ref.comm.link import Link
 from tsp_ref.comm.mpi import launcher_rank
@@ -278,15 +278,6 @@ def until_all_are_through(comm: Communicator, work: Callable[[], object]) -> flo
     work()
     from_root(comm, 0)
     return from_root(comm, int(1e9 * (time.perf_counter() - begin))) / 1e9
-
-
-def wait_for_all(comm: Communicator, requests: Iterable[Request]) -> None:
-    """Return when all messages are complete. Looks at all of them meanwhile: an emulated link starts with a message
-    when somebody looks, so with `Waitall`, which looks at one after the other, it would start with one after the other.
-    """
-    left = list(requests)
-    while left:
-        left.pop(comm.Waitany(left))
 
 
 def link_that_takes(seconds: float, size: int) -> Link:
