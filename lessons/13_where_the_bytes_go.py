@@ -37,6 +37,7 @@ from tsp_ref.formulas.messages import closed_layer, step_messages
 from tsp_ref.grid import ALONE, Grid, Place, folded
 from tsp_ref.model import Model
 from tsp_ref.parameters import initial_parameters
+from tsp_ref.schedules.collectives import finish_all
 from tsp_ref.terminal import console_for
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import ON_ONE_AXIS, Plan, meshes
@@ -278,6 +279,7 @@ def layer_forward(comm: Communicator, schedule: str, config: Config) -> tuple[in
     weights = initial_parameters(model)
     x, _ = module.attention_forward(comm, model, random_tiles(model, 1), weights, 0)
     module.mlp_forward(comm, model, x, weights, 0)
+    finish_all(comm, model)
     sent, wanted = sent_since(comm, before), exact(schedule, config, model.grid)
     return layer_bytes(sent, "forward"), sent == {
         key: count for key, count in wanted.items() if key[0] in LAYER and key[1] == "forward"}

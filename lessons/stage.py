@@ -1,4 +1,5 @@
-"""What every lesson stands on: its options, its voice on rank 0, and its checks, which all ranks must pass.
+"""What every lesson stands on: its options, its voice on rank 0, its checks, which all ranks must pass, and its holes,
+which a reader's own functions can fill.
 
 Below them are the few functions that several lessons need.
 """
@@ -7,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import ModuleType
+from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any, TypeAlias
 from unittest import mock
 
@@ -24,11 +27,12 @@ from rich.table import Table
 from tsp_ref.activations import AttentionSaved, MlpSaved
 from tsp_ref.arrays import Array, Tiles
 from tsp_ref.comm.communicator import Communicator
-from tsp_ref.comm.control import all_gather, gather_texts
+from tsp_ref.comm.control import all_gather, from_root, gather_texts
+from tsp_ref.comm.link import Link
 from tsp_ref.comm.mpi import launcher_rank
-from tsp_ref.errors import AgreedError
+from tsp_ref.errors import AgreedError, UserError
 from tsp_ref.grid import share
-from tsp_ref.launch import start
+from tsp_ref.launch import refuse, start
 from tsp_ref.model import Model
 from tsp_ref.parameters import Parameters, zero_parameters
 from tsp_ref.phase import OUTSIDE
@@ -46,10 +50,12 @@ class Lesson:
 
     comm     the communicator, of `mpirun -n N` or of `--ranks N`
     console  prints on rank 0, silent elsewhere
+    options  what the command line asks for
     """
 
     comm: Communicator
     console: Console
+    options: argparse.Namespace = field(default_factory=argparse.Namespace)
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -100,26 +106,61 @@ class Lesson:
         return 0
 
 
-def run(description: str, main: Callable[[Lesson], None]) -> None:
+def run(
+    description: str, main: Callable[[Lesson], None], holes: Sequence[FunctionType] = (),
+    more: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+) -> None:
     """Run a lesson on the ranks of mpirun, or on `--ranks N` virtual ranks, and exit with its verdict.
 
     description  the lesson's docstring: its first line is the title, all of it is shown by --help
+    holes        functions of the lesson in whose place `--answer FILE` puts a reader's own
+    more         adds the lesson's own options, which it finds in `lesson.options`
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, metavar="N", help="N virtual ranks in this process instead of mpirun")
     parser.add_argument("--shuffle", type=int, metavar="SEED", help="with --ranks: a random order of messages")
+    if holes:
+        parser.add_argument("--answer", metavar="FILE", help="a file with your own " + " or ".join(
+            hole.__name__ for hole in holes) + ", which takes the place of the lesson's")
+    more(parser)
     if launcher_rank() != 0 and {"-h", "--help"}.intersection(sys.argv):
         sys.exit(0)
     options = parser.parse_args()
+    try:
+        if holes and options.answer is not None:
+            fill(holes, options.answer)
+    except UserError as error:
+        sys.exit(refuse(error))
 
     def teach(comm: Communicator) -> int:
-        lesson = Lesson(comm, console_for(comm.rank))
+        lesson = Lesson(comm, console_for(comm.rank), options)
         ranks = f"{comm.size} rank{'s' * (comm.size > 1)}"
         lesson.say(f"[bold]{description.strip().splitlines()[0]}[/]  ({ranks})")
         main(lesson)
         return lesson.end()
 
     sys.exit(start(teach, options.ranks, options.shuffle))
+
+
+def fill(holes: Sequence[FunctionType], path: str) -> None:
+    """Put the functions of a reader's file in the place of the lesson's of the same names.
+
+    The file is run with all that the lesson has imported and defined: it needs no import to use that. A `UserError` if
+    it cannot be read or run, or has none of the functions.
+    """
+    lesson = holes[0].__globals__
+    names_of_holes = [hole.__name__ for hole in holes]
+    written = {name: value for name, value in lesson.items() if name not in names_of_holes}
+    try:
+        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec", dont_inherit=True), written)
+    except OSError as error:
+        raise UserError(f"--answer {path} cannot be read: {error.strerror}") from None
+    except Exception as error:
+        raise UserError(f"--answer {path} cannot be run: {type(error).__name__}: {error}") from None
+    found = [name for name in names_of_holes if callable(written.get(name))]
+    if not found:
+        raise UserError(f"--answer {path} has no function {' or '.join(names_of_holes)}: write one there")
+    lesson |= {name: written[name] for name in found}
 
 
 def relative_gap(found: Array, wanted: Array) -> float:
@@ -225,6 +266,23 @@ def table_with(*headings: str) -> Table:
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left")
     return table
+
+
+def until_all_are_through(comm: Communicator, work: Callable[[], object]) -> float:
+    """Seconds from when all ranks begin to when the last is through, by rank 0's clock. Every rank must call it.
+
+    Virtual ranks compute, and sleep for a link, one after the other, and this has the time of all of them.
+    """
+    from_root(comm, 0)
+    begin = time.perf_counter()
+    work()
+    from_root(comm, 0)
+    return from_root(comm, int(1e9 * (time.perf_counter() - begin))) / 1e9
+
+
+def link_that_takes(seconds: float, size: int) -> Link:
+    """A link on which a message of so many bytes takes so many seconds."""
+    return Link(size / seconds)
 
 
 def sent_since(comm: Communicator, before: Sent) -> Sent:

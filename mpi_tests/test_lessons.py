@@ -1,24 +1,63 @@
-"""Every lesson runs, at several N, on real and on virtual ranks, and its checks hold."""
+"""Every lesson runs, at several N, on real and on virtual ranks, and its checks hold; a wrong answer to one fails."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from launcher import ROOT, mpirun
+from answers import OVERLAP, RIGHT, RING, TRACE, WRONG
+from lanes import read_trace
+from launcher import ROOT, Ended, environment, mpirun
 
 LESSONS = sorted(path.name for path in (ROOT / "lessons").glob("[0-9][0-9]_*.py"))
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
-@pytest.mark.ranks(1, 2, 4)
-def test_a_lesson_s_checks_hold(n, lesson):
-    ended = mpirun(n, str(Path("lessons") / lesson))
+def path_of(lesson):
+    return str(Path("lessons") / lesson)
+
+
+def virtually(*arguments):
+    """Run one process."""
+    ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True,
+                           timeout=120)
+    return Ended(ended.returncode, ended.stdout, ended.stderr, 0.0)
+
+
+def check_held(ended):
+    """A lesson ran to its end, and all of its checks hold."""
     assert ended.code == 0, ended.output + ended.errors
     assert ended.output.rstrip().endswith("This lesson's checks all hold.")
     assert "holds  " in ended.output and "FAILS" not in ended.output
 
 
-def test_there_are_thirteen_lessons_numbered_without_a_gap():
-    assert [name[:2] for name in LESSONS] == [f"{number:02}" for number in range(1, 14)]
+def check_failed(ended, fails):
+    """A lesson ran to its end, and of its checks those fail that begin so."""
+    assert ended.code == 1, ended.output + ended.errors
+    assert "This lesson fails: " in ended.output.splitlines()[-1], ended.output + ended.errors
+    for begin in fails:
+        assert f"FAILS  {begin}" in ended.output, ended.output
+        assert f"holds  {begin}" not in ended.output
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+@pytest.mark.ranks(1, 2, 4)
+def test_a_lesson_s_checks_hold(n, lesson):
+    check_held(mpirun(n, path_of(lesson)))
+
+
+@pytest.mark.parametrize("lesson", [OVERLAP, RING, TRACE])
+@pytest.mark.ranks(8)
+def test_a_lesson_about_time_holds_where_ranks_share_cores(n, lesson):
+    check_held(mpirun(n, path_of(lesson)))
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_lesson_s_checks_hold_on_virtual_ranks(lesson):
+    check_held(virtually(path_of(lesson), "--ranks", "4", "--shuffle", "7"))
+
+
+def test_there_are_sixteen_lessons_numbered_without_a_gap():
+    assert [name[:2] for name in LESSONS] == [f"{number:02}" for number in range(1, 17)]
 
 
 FAILING = """
@@ -34,3 +73,60 @@ def test_a_lesson_whose_check_fails_on_one_rank_exits_with_1(n):
     ended = mpirun(n, "-c", FAILING)
     assert ended.code == 1
     assert f"FAILS  two is three on the last rank (on rank {n - 1})" in ended.output
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a reader's file, and returns the command line that has it judged."""
+
+    def write(answer):
+        file = tmp_path / "answer.py"
+        file.write_text(answer.text)
+        return path_of(answer.lesson), "--answer", str(file)
+
+    return write
+
+
+@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.ranks(2)
+def test_a_right_answer_passes(n, name, written):
+    check_held(mpirun(n, *written(RIGHT[name])))
+
+
+@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.ranks(2)
+def test_a_wrong_answer_fails_the_checks_that_are_about_it(n, name, written):
+    check_failed(mpirun(n, *written(WRONG[name])), WRONG[name].fails)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("name", ["14: means", "15: one buffer", "15: nobody looks", "16: a time counts twice"])
+def test_so_it_does_on_virtual_ranks(name, ranks, written):
+    check_failed(virtually(*written(WRONG[name]), "--ranks", str(ranks)), WRONG[name].fails)
+
+
+@pytest.mark.parametrize(("text", "error"), [
+    (None, "cannot be read: No such file or directory"),
+    ("def overlaped(): ...", "has no function overlapped: write one there"),
+    ("def overlapped(:", "cannot be run: SyntaxError: invalid syntax"),
+    ("1 / 0", "cannot be run: ZeroDivisionError: division by zero"),
+])
+@pytest.mark.ranks(2)
+def test_a_file_without_an_answer_is_refused_once(n, text, error, tmp_path):
+    file = tmp_path / "answer.py"
+    if text is not None:
+        file.write_text(text)
+    ended = mpirun(n, path_of(RING), "--answer", str(file))
+    assert ended.code == 2 and ended.output == ""
+    assert ended.errors.count(f"error: --answer {file} {error}") == 1
+
+
+@pytest.mark.ranks(1, 2)
+def test_lesson_16_writes_a_trace_where_it_is_asked_to(n, tmp_path):
+    file = tmp_path / "step.json"
+    check_held(mpirun(n, path_of(TRACE), "--trace", str(file)))
+    events = read_trace(file.read_text())
+    assert len({event["pid"] for event in events["X"]}) == (4 if n == 1 else n) and events["s"] and events["f"]
+    refused = mpirun(n, path_of(TRACE), "--trace", str(tmp_path))
+    assert refused.code == 2
+    assert refused.errors.splitlines()[-1].endswith(f"--trace {tmp_path} cannot be written: it is a folder")

@@ -1,0 +1,112 @@
+"""What readers might write in the holes of the lessons, right and wrong, and which checks a wrong answer fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+OVERLAP, RING, TRACE = "14_the_overlap_that_was_not_there.py", "15_overlap_made_real.py", "16_reading_a_trace.py"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A reader's file for a lesson, and how the checks begin that must fail; none, if the answer is right."""
+
+    lesson: str
+    text: str
+    fails: tuple[str, ...] = ()
+
+
+BOTH = "under_way = [comm.Irecv(coming, left, Tag.MATRIX), comm.Isend(held, right, Tag.MATRIX)]"
+SEND = "comm.Isend(held, right, Tag.MATRIX)"
+RECEIVE = "comm.Irecv(coming, left, Tag.MATRIX)"
+LOOK, WAIT = "testall(comm, under_way)", "comm.Waitall(under_way)"
+
+
+def ring(before: str, between: str, after: str, fails: tuple[str, ...] = ()) -> Answer:
+    """An answer to lesson 15: what is done before, between and after the products of a step that is not the last."""
+    return Answer(RING, f"""
+def overlapped(comm, own, spare, multiply):
+    left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+    held = own
+    for step in range(comm.size):
+        under_way, last = [], step + 1 == comm.size
+        coming = spare[step % 2]
+        if not last:
+            {before}
+        for tile in range(TILES):
+            {between}
+            multiply(step, tile, held)
+        if not last:
+            {after}
+        held = coming
+""", fails)
+
+
+BITS, POSTED, COMPLETE = (f"overlapped: {what}" for what in ("every product", "at each step", "every message"))
+
+RIGHT = {
+    "14: as rounds, and turned round": Answer(OVERLAP, """
+def by_turns(runs, repeats, seconds_of):
+    rounds = [[seconds_of(each) for each in runs] for _ in range(repeats)]
+    return [float(np.median(column)) for column in zip(*rounds)]
+
+def hidden(messages, computation, both):
+    return 1 - (both - max(messages, computation)) / min(messages, computation)
+"""),
+    "15: looks after every second product": ring(BOTH, f"if tile % 2: {LOOK}", WAIT),
+    "15: the send first": ring(f"under_way = [{SEND}, {RECEIVE}]", "[comm.Test(each) for each in under_way]", WAIT),
+    "16: one of four": Answer(TRACE, """
+def bandwidth(pair):
+    return pair.sent.size / max(pair.received.end - max(pair.sent.begin, pair.received.begin), 1e-12)
+"""),
+}
+
+WRONG = {
+    "14: by_turns not written": Answer(
+        OVERLAP, "def by_turns(runs, repeats, seconds_of): ...", ("by_turns: in each round", "by_turns: it returns")),
+    "14: one run after the other": Answer(OVERLAP, """
+def by_turns(runs, repeats, seconds_of):
+    return [median(seconds_of(each) for _ in range(repeats)) for each in runs]
+""", ("by_turns: in each round",)),
+    "14: means": Answer(OVERLAP, """
+def by_turns(runs, repeats, seconds_of):
+    rounds = [[seconds_of(each) for each in runs] for _ in range(repeats)]
+    return [sum(column) / repeats for column in zip(*rounds)]
+""", ("by_turns: it returns",)),
+    "14: hidden not written": Answer(OVERLAP, "def hidden(messages, computation, both): ...", ("hidden: ",)),
+    "14: a part of the longer": Answer(OVERLAP, """
+def hidden(messages, computation, both):
+    return (messages + computation - both) / max(messages, computation)
+""", ("hidden: ",)),
+    "15: not written": Answer(
+        RING, "def overlapped(comm, own, spare, multiply): ...", (BITS, POSTED, COMPLETE)),
+    "15: nobody looks": ring(BOTH, "pass", WAIT, (COMPLETE,)),
+    "15: one look, before the first product": ring(BOTH, f"if tile == 0: {LOOK}", WAIT, (COMPLETE,)),
+    "15: all posted after the products": ring("pass", LOOK, f"{BOTH}; {WAIT}", (POSTED, COMPLETE)),
+    "15: the receive posted after the products": ring(
+        f"under_way = [{SEND}]", LOOK, f"under_way.append({RECEIVE}); {WAIT}", (POSTED, COMPLETE)),
+    "15: one buffer": ring(f"coming = spare[0]; {BOTH}", LOOK, WAIT, (BITS,)),
+    "15: the send not waited for": ring(BOTH, LOOK, "comm.Wait(under_way[0])", (BITS,)),
+    "15: everybody sends first, and waits": ring(
+        f"comm.Wait({SEND}); under_way = [{RECEIVE}]", LOOK, WAIT, (BITS, POSTED, COMPLETE)),
+    "16: waited_share not written": Answer(
+        TRACE, "def waited_share(lane): ...", ("waited_share: ", "waited_share is")),
+    "16: waits since the clock's zero": Answer(TRACE, """
+def waited_share(lane):
+    return sum(span.end - span.begin for span in lane.spans if span.what == "wait") / lane.spans[-1].end
+""", ("waited_share: ",)),
+    "16: the longest of all spans": Answer(TRACE, """
+def longest_wait(lane):
+    span = max(lane.spans, key=lambda span: span.end - span.begin)
+    return span.end - span.begin, lane.messages[span.message] if lane.messages else None
+""", ("longest_wait: the longest",)),
+    "16: since the receive was posted": Answer(TRACE, """
+def bandwidth(pair):
+    return pair.received.size / (pair.received.end - pair.received.begin)
+""", ("bandwidth: ",)),
+    "16: a time counts twice": Answer(TRACE, """
+def hidden_seconds(lane, coming):
+    return sum(max(0.0, min(end, span.end) - max(begin, span.begin))
+               for begin, end in map(on_its_way, coming) for span in lane.spans if span.what == "compute")
+""", ("hidden_seconds: ", "hidden_seconds is")),
+}
