@@ -13,7 +13,7 @@ The link's speed is limited, its latency is not: that is what this machine needs
 command is left alone: what this script has to say goes to stderr.
 
 Exit code: the command's; 2 if it cannot be run here, with the remedy; 1 if the link does not carry what it should; 130
-after Ctrl-C. Nothing is left behind in any case: no process, no namespace.
+after Ctrl-C. Neither a process nor a namespace is left behind; after a kill -9, until the script is used again.
 """
 
 from __future__ import annotations
@@ -230,7 +230,8 @@ def check_link(hosts: tuple[str, str], options: argparse.Namespace) -> int:
                         "use a wheel's MPI, pip install mpich")
     bandwidth, latency = map(float, said)
     crossed = min(now - then for now, then in zip(bytes_sent(hosts), before))
-    print(f"two_hosts: a link of {options.rate} carries {bandwidth / 1e6:,.0f} Mbit/s each way, and 8 bytes in "
+    limit = "without a limit" if options.rate == "none" else f"of {options.rate}"
+    print(f"two_hosts: a link {limit} carries {bandwidth / 1e6:,.0f} Mbit/s each way, and 8 bytes in "
           f"{1e6 * latency:.0f} us; {launcher.vendor()}", file=sys.stderr)
     sent = options.ranks_per_host * PROBE
     if crossed < sent:
