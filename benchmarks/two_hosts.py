@@ -53,8 +53,12 @@ TCP_ONLY = {
     "OMPI_MCA_mpi_yield_when_idle": "1",
 }
 
-# Stands in for ssh: leaves out options and the host's name, and runs the rest on the second host. A host has names for
-# shared memory (ipc) of its own too: by a shared one, ranks would find each other past the link.
+# A host has a name (uts) and shared memory (ipc) of its own too: by these ranks find each other past the link.
+NAMED = 'echo "$0" > /proc/sys/kernel/hostname; exec "$@"'
+
+ALLOWED = "let this user make networks: run it as root of the machine, or in a container started with --privileged"
+
+# Stands in for ssh: leaves out options and the host's name, and runs the rest on the second host.
 SSH = """#!/bin/sh
 while [ "${{1#-}}" != "$1" ]; do shift; done
 shift
@@ -151,14 +155,13 @@ def two_hosts(rate: str) -> Iterator[tuple[str, str]]:
     hosts = (f"two-hosts-{os.getpid()}-a", f"two-hosts-{os.getpid()}-b")
     try:
         for host in hosts:
-            must("allow new network namespaces: run it as root of the machine, or in a container started with "
-                 "--privileged", "ip", "netns", "add", host)
+            must(ALLOWED, "ip", "netns", "add", host)
         must("know virtual Ethernet devices: modprobe veth", "ip", "link", "add", DEVICE, "netns", hosts[0],
              "type", "veth", "peer", "name", DEVICE, "netns", hosts[1])
         for host, address in zip(hosts, ADDRESSES):
             for words in (["link", "set", "lo", "up"], ["addr", "add", f"{address}/24", "dev", DEVICE],
                           ["link", "set", DEVICE, "up"]):
-                must("let its devices be set up: run it as root of the machine", "ip", "-n", host, *words)
+                must(ALLOWED, "ip", "-n", host, *words)
             if rate != "none":
                 must("limit the rate (tc's token bucket filter): modprobe sch_tbf, or use --rate none",
                      "tc", "-n", host, "qdisc", "add", "dev", DEVICE, "root", "tbf", "rate", rate, "burst", BURST,
@@ -176,6 +179,7 @@ def must(able: str, *command: str) -> None:
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode:
         said = " ".join(ended.stderr.split()) or f"exit code {ended.returncode}"
+        able = ALLOWED if "not permitted" in said else able
         raise CannotRun(f"`{command[0]}` says \"{said}\": this machine does not {able}")
 
 
@@ -247,7 +251,8 @@ def check_link(hosts: tuple[str, str], options: argparse.Namespace) -> int:
 
 def mpirun(hosts: tuple[str, str], ranks: int, command: list[str], output: object = None) -> int:
     """Run a command with so many ranks on each host, the first ranks on the first. Returns the exit code."""
-    on_first, on_second = (["ip", "netns", "exec", host, "unshare", "--uts", "--ipc"] for host in hosts)
+    on_first, on_second = (
+        ["ip", "netns", "exec", host, "unshare", "--uts", "--ipc", "sh", "-c", NAMED, host] for host in hosts)
     # The program named `python` is to be the one that runs this; sudo may have changed what it would be.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     with tempfile.TemporaryDirectory() as folder:
