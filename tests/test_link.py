@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tsp_ref.comm.link import Link, parse_link
+from tsp_ref.comm.rehearsal import LocalCopies
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.errors import UserError
 
@@ -68,6 +69,15 @@ def test_a_message_that_nobody_helps_on_sets_off_when_it_is_waited_for():
 def test_a_message_that_is_helped_on_travels_under_the_computation():
     _, waited = VirtualWorld(2).run(lambda comm: ping(comm, "poll", 0.05))[1]
     assert waited < 0.020
+
+
+def test_a_wait_for_one_message_moves_all_others_on():
+    """As inside MPI: else messages without computation would travel one by one, and seem to take longer."""
+    comm = LocalCopies(0, 2)
+    comm.travel_by("wait", Link(1e4))
+    first, second = (comm.Irecv(np.zeros(1000, dtype=np.uint8), 1, tag) for tag in (5, 6))
+    comm.Wait(first)
+    assert second.arrived and not second.done
 
 
 def test_an_unknown_way_of_progress_is_refused_and_a_thread_on_virtual_ranks():

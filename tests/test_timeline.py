@@ -116,7 +116,7 @@ def test_a_message_noticed_twice_was_complete_the_first_time():
     first = marks.marks[-1][1]
     marks.complete(request)
     marks.post(request, ("mlp", "backward"))
-    marks.wait()
+    marks.wait(time.perf_counter())
     marks.complete(request)
     marks.resume(request)
     marks.end()

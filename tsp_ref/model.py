@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from .arrays import Array, Namespace, Tiles
@@ -43,7 +45,10 @@ class Model:
         self.xp = CountedNumpy(self.memory, self.work) if counted else xp
         self.grid = Grid(config.blocks, config.tiles, config.tile_len, weight_axis, token_axis, layout)
         self.recompute = recompute
-        self.coming: dict[int, Any] = {}  # by tag: weights that have set off to this rank for a part to come
+        self.coming: dict[int, Any] = {}  # by tag: what has set off to this rank for a part to come
+        self.following: list[Callable[[], None]] = []  # what sets off next, once a part has posted its own messages
+        self.leaving: deque[list[Any]] = deque()  # sends that nobody waits for yet
+        self.put_off: list[Callable[[], Any]] = []  # what of earlier parts' backwards is still to be done
         self.mask: Array = causal_mask(self.xp, config.tile_len, config.dtype)
         self.rotary: Tiles = {
             slot: rotary_table(self.xp, self.grid.tokens(slot).start, config.tile_len, config.head_dim,

@@ -198,6 +198,10 @@ class Communicator(ABC):
                     return index
             if self.timeline is not None and not polls:
                 self.timeline.wait(began)
+            if self.link is not None:
+                # A wait moves every message on, not only those waited for: so does one inside MPI.
+                for request in list(self._open.values()):
+                    self._advance(request)
             on_the_link = [request.ready for request in requests if request.arrived]
             if on_the_link:
                 # As a wait for a network: without using the processor, and not past the next message's arrival.

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from itertools import islice
+from typing import Any, TypeAlias, TypeVar
 
 from ..arrays import Array, Tiles
 from ..comm.communicator import Communicator, Request
@@ -28,6 +29,29 @@ AHEAD = 2
 """How many blocks may be under way to or from a rank while it works on another."""
 
 
+def leave(comm: Communicator, model: Model, sends: list[Request]) -> None:
+    """Let sends leave while other work goes on; what they send must stay as it is. The keys and values of AHEAD blocks,
+    and as many gradients of such, may be under way: then the first have to have left."""
+    model.leaving.append(sends)
+    if len(model.leaving) > 2 * AHEAD:
+        comm.Waitall(model.leaving.popleft())
+
+
+def put_off(model: Model, rest: Callable[[], Any]) -> None:
+    """The rest of a part's backward, waiting for gradients, is done after the part that comes next, under which they
+    travel. What a rest returns, if anything, is put off by another part."""
+    later = [more for earlier in model.put_off if (more := earlier())]
+    model.put_off = [*later, rest]
+
+
+def finish_all(comm: Communicator, model: Model) -> None:
+    """Do all that was put off, and see everything leave."""
+    while model.put_off:
+        model.put_off = [more for earlier in model.put_off if (more := earlier())]
+    while model.leaving:
+        comm.Waitall(model.leaving.popleft())
+
+
 class GatherKeysValues:
     """All-gather of the keys and values of one block of heads over the sequence. Made, it is under way; finish it when
     they are needed.
@@ -40,15 +64,15 @@ class GatherKeysValues:
         self.model = model
         self.parts = {
             peer: model.empty("buffers", len(model.grid.slots_of(peer)), *own.shape[1:]) for peer in comm.others}
-        self.requests = [comm.Irecv(part, peer, tag) for peer, part in self.parts.items()]
-        self.requests += [comm.Isend(own, peer, tag) for peer in comm.others]
+        self.receives = [comm.Irecv(part, peer, tag) for peer, part in self.parts.items()]
+        leave(comm, model, [comm.Isend(own, peer, tag) for peer in comm.others])
         self.parts[comm.rank] = own
 
     def finish(self) -> Array:
         """All keys and values in the order of the text [2, B, K/G, S, e]."""
         grid = self.model.grid
         _, *pair, _, head_dim = self.parts[self.comm.rank].shape
-        self.comm.Waitall(self.requests)
+        self.comm.Waitall(self.receives)
         whole = self.model.empty("buffers", *pair, self.model.config.seq_len, head_dim)  # [2, B, K/G, S, e]
         for peer, part in self.parts.items():
             for position, slot in enumerate(grid.slots_of(peer)):
@@ -82,7 +106,7 @@ class ScatterKeysValues:
             if expected:
                 self.places.append(expected)
                 self.receives.append(comm.Irecv(model.empty("buffers", len(expected), *tile), peer, tag))
-        self.sends: list[Request] = []
+        sends: list[Request] = []
         for peer in comm.others:
             pieces = [piece for slot in grid.slots_of(peer) for _, piece in dkv[slot].pieces()]
             if pieces:
@@ -90,7 +114,8 @@ class ScatterKeysValues:
                 message = model.empty("buffers", len(pieces), *tile)
                 for position, piece in enumerate(pieces):
                     message[position] = piece
-                self.sends.append(comm.Isend(message, peer, tag))
+                sends.append(comm.Isend(message, peer, tag))
+        leave(comm, model, sends)
 
     def finish(self) -> None:
         """Merge what arrives, in the order in which it does."""
@@ -98,8 +123,6 @@ class ScatterKeysValues:
             arrived = self.comm.Waitany(self.receives)
             for (tree, (level, index)), piece in zip(self.places.pop(arrived), self.receives.pop(arrived).array):
                 tree.add(index, piece, level)
-        self.comm.Waitall(self.sends)
-        self.sends.clear()
 
 
 def in_turn(owned: list[range], rank: int, steps: Iterable[int]) -> Iterator[tuple[int, int]]:
@@ -134,14 +157,19 @@ def when_own_is_last(owned: list[range], rank: int) -> list[tuple[Turn, int, int
             for position, block in enumerate(owned[rank]) for step in range(1, size)]
 
 
-def ahead(started: Iterable[Item]) -> Iterator[Item]:
-    """Each item only when the next one has been started: so one's messages travel under the work on the other."""
-    items = iter(started)
-    current = next(items)
-    for following in items:
-        yield current
-        current = following
-    yield current
+class Ahead(Iterator[Item]):
+    """Each item only when `count` more have been started: so its messages travel under the work on theirs. Made, the
+    first `count` have started."""
+
+    def __init__(self, started: Iterable[Item], count: int = 1) -> None:
+        self._items = iter(started)
+        self._begun = deque(islice(self._items, count))
+
+    def __next__(self) -> Item:
+        self._begun.extend(islice(self._items, 1))
+        if not self._begun:
+            raise StopIteration
+        return self._begun.popleft()
 
 
 @dataclass
@@ -180,6 +208,7 @@ class ReduceToOwner:
         self.model = model
         self.shape = shape
         self.tag = tag
+        self.phase = comm.phase  # the books' entry for all its messages, whenever they are posted
         self.expected = deque(expected)
         # Of one turn's receives none may be waited for before all are posted.
         turns = [when for when, _, _ in self.expected]
@@ -211,12 +240,18 @@ class ReduceToOwner:
 
     def finish(self) -> list[Array]:
         """The whole gradient of each of this rank's blocks, when everything has arrived and left."""
-        self.receive(None)
+        with self.comm.counting(self.phase):
+            self.receive(None)
         while self.arriving:
             self._merge_oldest()
         while self.leaving:
             self.comm.Waitall(self.leaving.popleft())
         return [tree.total for _, tree in sorted(self.trees.items())]
+
+    def write(self, gradients: Array, tied: bool = False) -> None:
+        """Write the whole gradients of this rank's blocks into theirs [m, ...]; if tied, add to what is there."""
+        for out, total in zip(gradients, self.finish()):
+            out[...] = out + total if tied else total
 
     def _tree(self, block: int) -> Tree[Array]:
         return self.trees.setdefault(block, Tree(range(self.model.grid.num_tiles)))
@@ -227,19 +262,24 @@ class ReduceToOwner:
             merge_one(self.comm, arrivals)
 
 
-def all_gather_gradients(comm: Communicator, gradients: Array, totals: list[Array], tag: Tag) -> None:
+def all_gather_gradients(home: ReduceToOwner, gradients: Array, tied: bool = False) -> Callable[[], None]:
     """All-gather, which makes an all-reduce of a reduce: every rank sends the gradients that it has summed to all.
+    Returns the wait for it.
 
-    gradients [m, ...] is written: each block by its total, which for those of other ranks is received in its place.
-    totals: of this rank's share of the m blocks.
+    gradients [m, ...] is written: each block by its total, which for those of other ranks is received in its place. If
+    tied, what was there is part of the total.
     """
-    count = len(gradients)
-    requests = [comm.Irecv(gradients[position], peer, tag)
-                for peer in comm.others for position in share(count, peer, comm.size)]
-    requests += [comm.Isend(total, peer, tag) for peer in comm.others for total in totals]
-    for position, total in zip(share(count, comm.rank, comm.size), totals):
+    comm, totals, count = home.comm, home.finish(), len(gradients)
+    mine = share(count, comm.rank, comm.size)
+    if tied:
+        totals = [gradients[position] + total for position, total in zip(mine, totals)]
+    with comm.counting(home.phase):
+        requests = [comm.Irecv(gradients[position], peer, home.tag)
+                    for peer in comm.others for position in share(count, peer, comm.size)]
+        requests += [comm.Isend(total, peer, home.tag) for peer in comm.others for total in totals]
+    for position, total in zip(mine, totals):
         gradients[position] = total
-    comm.Waitall(requests)
+    return lambda: comm.Waitall(requests)
 
 
 class AllReduceTiles:

@@ -39,14 +39,16 @@ from ..phase import phase
 from ..tilewise import add_residual, forget, normalise, normalise_backward, squares, totals
 from ..tree import Tree
 from .collectives import (
+    Ahead,
     GatherKeysValues,
     ReduceToOwner,
     ScatterKeysValues,
-    ahead,
     all_gather_gradients,
     all_reduce,
+    finish_all,
     in_turn,
     own_last,
+    put_off,
     turn,
     when_own_is_last,
 )
@@ -88,10 +90,7 @@ def embedding_backward(
             dtable.add(slot, leaf)
         home.receive(turn(summed_by, comm.rank, owner, position))
         home.send(owner, position, dtable)
-    mine = share(len(grid.blocks), comm.rank, comm.size)
-    summed = [gradients.embedding[position] + total if config.tied_head else total
-              for position, total in zip(mine, home.finish())]
-    all_gather_gradients(comm, gradients.embedding, summed, Tag.EMBEDDING_GRADIENTS)
+    put_off(model, partial(all_gather_gradients, home, gradients.embedding, config.tied_head))
 
 
 @phase("attention", "forward")
@@ -122,7 +121,7 @@ def attention_forward(
                 saved.tile_keys_values[block, slot] = own[tile]
             yield block, wo, GatherKeysValues(comm, model, own, Tag.KEYS_VALUES)
 
-    for block, wo, exchange in ahead(projected()):
+    for block, wo, exchange in Ahead(projected()):
         keys_values = exchange.finish()  # -> [2, B, K/G, S, e]
         for slot in grid.slots:
             comm.progress(block, slot)
@@ -159,7 +158,7 @@ def attention_backward(
             yield GatherKeysValues(comm, model, saved.keys_values[grid.blocks[position]], Tag.KEYS_VALUES)
 
     def attended() -> Iterator[tuple[int, int, Tiles, dict[int, Tree[Array]], ScatterKeysValues]]:
-        for exchange, (owner, position) in zip(ahead(gathered()), order, strict=True):
+        for exchange, (owner, position) in zip(Ahead(gathered()), order, strict=True):
             block = grid.blocks[position]
             _, wo = attention_views(config, weights.attention[layer][position])  # -> [h, (H+2*K)/G*e], [H/G*e, h]
             keys_values = exchange.finish()  # -> [2, B, K/G, S, e]
@@ -178,7 +177,7 @@ def attention_backward(
             del keys_values, k, v, dkeys  # before the next block's are put together
             yield owner, position, dq, dkv, ScatterKeysValues(comm, model, dkv, Tag.KEYS_VALUES_GRADIENTS)
 
-    for owner, position, dq, dkv, exchange in ahead(attended()):
+    for owner, position, dq, dkv, exchange in Ahead(attended()):
         exchange.finish()
         block, packed = grid.blocks[position], weights.attention[layer][position]
         wqkv, _ = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
@@ -195,7 +194,7 @@ def attention_backward(
         if owner == comm.rank:
             home.receive((position, 0))
         home.send(owner, position, dweights)
-    all_gather_gradients(comm, gradients.attention[layer], home.finish(), Tag.ATTENTION_GRADIENTS)
+    put_off(model, partial(all_gather_gradients, home, gradients.attention[layer]))
     dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer)
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
 
@@ -245,7 +244,7 @@ def mlp_backward(
             dweights.add(slot, leaf)
         home.receive(turn(summed_by, comm.rank, owner, position))
         home.send(owner, position, dweights)
-    all_gather_gradients(comm, gradients.mlp[layer], home.finish(), Tag.MLP_GRADIENTS)
+    put_off(model, partial(all_gather_gradients, home, gradients.mlp[layer]))
     dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer + 1)
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
 
@@ -295,7 +294,7 @@ def head_backward(
             dtable.add(slot, leaf)
         home.receive(turn(summed_by, comm.rank, owner, position))
         home.send(owner, position, dtable)
-    all_gather_gradients(comm, gradients.head_table, home.finish(), Tag.HEAD_GRADIENTS)
+    put_off(model, partial(all_gather_gradients, home, gradients.head_table))
     return normalise_backward(model, totals(dnormed), saved.x, weights.gains[-1], dgain, -1)
 
 
@@ -325,6 +324,7 @@ def model_forward(
         saved.mlp.append(mlp)
         forget(model, saved)
     loss, saved.head = head_forward(comm, model, x, targets, weights)
+    finish_all(comm, model)
     return loss, saved
 
 
@@ -345,6 +345,7 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
         dx = attention_backward(comm, model, dx, saved.attention.pop(), weights, layer, gradients, dgain)
     embedding_backward(comm, model, dx, saved.tokens, weights, gradients)
     gains_backward(comm, model, dgain, gradients)
+    finish_all(comm, model)
 
 
 @phase("optimizer", "backward")

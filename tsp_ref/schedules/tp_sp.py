@@ -38,15 +38,17 @@ from ..phase import phase
 from ..tilewise import add_residual, forget, normalise, normalise_backward, squares
 from ..tree import Tree
 from .collectives import (
+    Ahead,
     AllReduceTiles,
     GatherKeysValues,
     ReduceToOwner,
     ScatterKeysValues,
-    ahead,
     all_gather_gradients,
     all_reduce,
+    finish_all,
     in_turn,
     own_last,
+    put_off,
     turn,
     when_own_is_last,
 )
@@ -88,10 +90,7 @@ def embedding_backward(
             dtable.add(slot, leaf)
         home.receive(turn(summed_by, mesh.tokens.rank, owner, position))
         home.send(owner, position, dtable)
-    mine = share(len(grid.blocks), mesh.tokens.rank, mesh.tokens.size)
-    summed = [gradients.embedding[position] + total if config.tied_head else total
-              for position, total in zip(mine, home.finish())]
-    all_gather_gradients(mesh.tokens, gradients.embedding, summed, Tag.EMBEDDING_GRADIENTS)
+    put_off(model, partial(all_gather_gradients, home, gradients.embedding, config.tied_head))
 
 
 @phase("attention", "forward")
@@ -122,7 +121,7 @@ def attention_forward(
                 saved.tile_keys_values[block, slot] = own[tile]
             yield block, wo, GatherKeysValues(mesh.tokens, model, own, Tag.KEYS_VALUES)
 
-    for block, wo, exchange in ahead(projected()):
+    for block, wo, exchange in Ahead(projected()):
         keys_values = exchange.finish()  # -> [2, B, K/G, S, e]
         for slot in sums.order:
             mesh.progress(block, slot)
@@ -160,7 +159,7 @@ def attention_backward(
             yield GatherKeysValues(mesh.tokens, model, saved.keys_values[grid.blocks[position]], Tag.KEYS_VALUES)
 
     def attended() -> Iterator[tuple[int, int, Tiles, dict[int, Tree[Array]], ScatterKeysValues]]:
-        for exchange, (owner, position) in zip(ahead(gathered()), order, strict=True):
+        for exchange, (owner, position) in zip(Ahead(gathered()), order, strict=True):
             block = grid.blocks[position]
             _, wo = attention_views(config, weights.attention[layer][position])  # -> [h, (H+2*K)/G*e], [H/G*e, h]
             keys_values = exchange.finish()  # -> [2, B, K/G, S, e]
@@ -179,7 +178,7 @@ def attention_backward(
             del keys_values, k, v, dkeys  # before the next block's are put together
             yield owner, position, dq, dkv, ScatterKeysValues(mesh.tokens, model, dkv, Tag.KEYS_VALUES_GRADIENTS)
 
-    for owner, position, dq, dkv, exchange in ahead(attended()):
+    for owner, position, dq, dkv, exchange in Ahead(attended()):
         exchange.finish()
         block, packed = grid.blocks[position], weights.attention[layer][position]
         wqkv, _ = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
@@ -196,7 +195,7 @@ def attention_backward(
         if owner == mesh.tokens.rank:
             home.receive((position, 0))
         home.send(owner, position, dweights)
-    all_gather_gradients(mesh.tokens, gradients.attention[layer], home.finish(), Tag.ATTENTION_GRADIENTS)
+    put_off(model, partial(all_gather_gradients, home, gradients.attention[layer]))
     dx = normalise_backward(model, sums.finish(), saved.x, gain, dgain, 2 * layer)
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
 
@@ -246,7 +245,7 @@ def mlp_backward(
             dweights.add(slot, leaf)
         home.receive(turn(summed_by, mesh.tokens.rank, owner, position))
         home.send(owner, position, dweights)
-    all_gather_gradients(mesh.tokens, gradients.mlp[layer], home.finish(), Tag.MLP_GRADIENTS)
+    put_off(model, partial(all_gather_gradients, home, gradients.mlp[layer]))
     dx = normalise_backward(model, sums.finish(), saved.x, gain, dgain, 2 * layer + 1)
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
 
@@ -297,7 +296,7 @@ def head_backward(
             dtable.add(slot, leaf)
         home.receive(turn(summed_by, mesh.tokens.rank, owner, position))
         home.send(owner, position, dtable)
-    all_gather_gradients(mesh.tokens, gradients.head_table, home.finish(), Tag.HEAD_GRADIENTS)
+    put_off(model, partial(all_gather_gradients, home, gradients.head_table))
     return normalise_backward(model, sums.finish(), saved.x, weights.gains[-1], dgain, -1)
 
 
@@ -327,6 +326,7 @@ def model_forward(
         saved.mlp.append(mlp)
         forget(model, saved)
     loss, saved.head = head_forward(mesh, model, x, targets, weights)
+    finish_all(mesh.whole, model)
     return loss, saved
 
 
@@ -347,6 +347,7 @@ def model_backward(mesh: Mesh, model: Model, saved: Saved, weights: Parameters, 
         dx = attention_backward(mesh, model, dx, saved.attention.pop(), weights, layer, gradients, dgain)
     embedding_backward(mesh, model, dx, saved.tokens, weights, gradients)
     gains_backward(mesh, model, dgain, gradients)
+    finish_all(mesh.whole, model)
 
 
 @phase("optimizer", "backward")

@@ -7,16 +7,19 @@ its readers describe its attention algorithm and its ring; the backward, the emb
 sum, and that everything travels block by block, are ours.
 
 What travels does so under the work on something else: the next blocks' weights under this one's, the first of the next
-part's under this part; a block's keys and values under the attention of the block before; gradients on their way home
-under the next block's backward. So it is posted early and waited for late, and only a few blocks are under way.
+part's under the end of this part; a block's keys and values under the work on the two blocks before; gradients on their
+way home under the next blocks' backward, and the last of a part under the next part. So it is posted early and waited
+for late, and only a few blocks are under way. Messages share a link, one after the other: so what is needed sooner is
+posted sooner, and a part lets the next part's weights set off only when all of its own have (`follow`).
 
 Between layers a rank holds its 1/N of weights, gradients, optimizer state and token activations. Within a part it also
 holds, counted as `buffers` where they are received and as `working` where they are made:
 
-- weights: the block in use (two in attention) and those under way, of this part and of the next;
+- weights: the block in use (three in attention) and those under way, of this part and of the next;
 - keys and values of one block's heads for the whole sequence, in the order of the text, and as they arrive those of the
-  next; in the backward the pieces of their gradients on their way home;
-- gradients of a few blocks that leave or arrive, and the pieces of its own blocks that wait for the piece beside them.
+  next two; in the backward the pieces of their gradients on their way home;
+- gradients of a few blocks that leave or arrive, and the pieces of its own blocks that wait for the piece beside them,
+  of this part and of the one before.
 
 Read beside `reference.single`: the same functions in the same order; what differs is the messages.
 """
@@ -50,13 +53,15 @@ from ..tilewise import add_residual, forget, normalise, normalise_backward, squa
 from ..tree import Tree
 from .collectives import (
     AHEAD,
+    Ahead,
     GatherKeysValues,
     ReduceToOwner,
     ScatterKeysValues,
-    ahead,
     all_reduce,
+    finish_all,
     in_turn,
     own_last,
+    put_off,
     turn,
     when_own_is_last,
 )
@@ -100,12 +105,11 @@ class Coming:
         self.leaving: dict[int, list[Request]] = {}
         spare = min(in_use + AHEAD + (comm.size > 2), len(self.asked_for))  # one more where blocks are passed on
         self.free = deque(model.empty("buffers", *shard.shape[1:]) for _ in range(spare))
-        self.post()
 
-    def post(self) -> None:
-        """Irecv into every buffer that is free, Isend what is here and due."""
+    def post(self, first: int | None = None) -> None:
+        """Irecv into every buffer that is free, or only the `first` blocks; Isend what is here and due."""
         with self.comm.counting(self.phase):
-            while self.free and self.asked_for:
+            while self.free and self.asked_for and len(self.under_way) != first:
                 block, source = self.asked_for.popleft()
                 self.under_way.append((block, self.comm.Irecv(self.free.popleft(), source, self.tag)))
             while self.under_way and self.comm.is_here(self.under_way[0][1]):
@@ -113,6 +117,11 @@ class Coming:
             while self.sent and self.sent[0][0] in self.here:
                 block, peer = self.sent.popleft()
                 self.leaving.setdefault(block, []).append(self.comm.Isend(self.here[block], peer, self.tag))
+
+    @property
+    def all_posted(self) -> bool:
+        """Whether the last of the tensor's blocks has set off."""
+        return not self.asked_for
 
     def _receive(self) -> None:
         block, request = self.under_way.popleft()
@@ -123,9 +132,10 @@ class Coming:
         """(owner, block, its weights), as soon as each is here."""
         used: deque[int] = deque()
         for owner, block in self.order:
+            self.post()
             while block not in self.here:
                 self._receive()
-            self.post()
+                self.post()
             yield owner, block, self.here[block]
             used.append(block)
             if len(used) == self.in_use:
@@ -152,12 +162,17 @@ def ring(comm: Communicator, model: Model, shard: Array, tag: Tag, steps: Iterab
     return Coming(comm, model, shard, tag, order, lambda owner: left, sent if comm.size > 1 else [])
 
 
+def owners_in_turn(comm: Communicator, model: Model) -> list[tuple[int, int]]:
+    """(owner, block) in attention's order, the same on every rank: each owner's first, then each owner's second, ..."""
+    return list(in_turn(owned(comm, model), comm.rank, (comm.rank - owner for owner in range(comm.size))))
+
+
 def broadcasts(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Coming:
-    """Every owner in turn sends a block to all, in one order on every rank. Two are used at a time: while one is
-    attended with, the next is projected with."""
-    order = list(in_turn(owned(comm, model), comm.rank, (comm.rank - owner for owner in range(comm.size))))
+    """Every owner in turn sends a block to all, in one order on every rank. Three are used at a time: while one is
+    attended with, the next two are projected with."""
+    order = owners_in_turn(comm, model)
     sent = [(block, peer) for owner, block in order if owner == comm.rank for peer in comm.others]
-    return Coming(comm, model, shard, tag, order, lambda owner: owner, sent, in_use=2)
+    return Coming(comm, model, shard, tag, order, lambda owner: owner, sent, in_use=3)
 
 
 def travel(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Coming:
@@ -168,11 +183,12 @@ def travel(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Coming:
     return ring(comm, model, shard, tag, own_last(comm.size) if comm.phase[1] == "backward" else None)
 
 
-def set_off(comm: Communicator, model: Model, shard: Array, tag: Tag) -> None:
+def set_off(comm: Communicator, model: Model, shard: Array, tag: Tag, first: int | None = None) -> None:
     """Post the first messages of a tensor's blocks, which are used in the part after the one that comes now."""
     part = tag.name.removesuffix("_WEIGHTS").lower()
     with comm.counting((part, comm.phase[1] or "forward")):
         model.coming[tag] = travel(comm, model, shard, tag)
+    model.coming[tag].post(first)
 
 
 def arriving(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Coming:
@@ -180,12 +196,34 @@ def arriving(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Coming
     return model.coming.pop(tag, None) or travel(comm, model, shard, tag)
 
 
+def follow(model: Model) -> None:
+    """Let the next part's messages set off: called by a part when all that it needs sooner is under way."""
+    for set_off_now in model.following:
+        set_off_now()
+    model.following = []
+
+
+def gathers(comm: Communicator, model: Model, saved: AttentionSaved) -> Ahead[GatherKeysValues]:
+    """The keys and values of all blocks, as the forward has kept them, one after the other; the first have set off."""
+    with comm.counting(("attention", "backward")):
+        return Ahead(GatherKeysValues(comm, model, saved.keys_values[block], Tag.KEYS_VALUES)
+                     for _, block in owners_in_turn(comm, model))
+
+
+def keys_values_set_off(comm: Communicator, model: Model, saved: AttentionSaved) -> None:
+    """Post the first keys and values that a backward needs."""
+    model.coming[Tag.KEYS_VALUES] = gathers(comm, model, saved)
+
+
 @phase("embedding", "forward")
 def embedding_forward(comm: Communicator, model: Model, tokens: Tiles, weights: Parameters) -> Tiles:
     """tokens: slot -> [B, s], of this rank's slots. Returns slot -> [B, s, h]."""
     config, grid, xp = model.config, model.grid, model.xp
     output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    for _, block, table in arriving(comm, model, weights.embedding, Tag.EMBEDDING_WEIGHTS):
+    blocks = arriving(comm, model, weights.embedding, Tag.EMBEDDING_WEIGHTS)
+    for _, block, table in blocks:
+        if blocks.all_posted:
+            follow(model)
         for slot in grid.slots:
             comm.progress(block, slot)
             output[slot].add(block, embed_forward(xp, tokens[slot], table, block * len(table)))
@@ -213,8 +251,7 @@ def embedding_backward(
             dtable.add(slot, leaf)
         home.receive(turn(dealt, comm.rank, owner, block))
         home.send(owner, block, dtable)
-    for out, total in zip(gradients.embedding, home.finish()):
-        out[...] = out + total if config.tied_head else total
+    put_off(model, partial(home.write, gradients.embedding, config.tied_head))
 
 
 @phase("attention", "forward")
@@ -224,7 +261,7 @@ def attention_forward(
     """x plus the attention of the normalised x: slot -> [B, s, h].
 
     Kept keys and values: block -> [tiles, 2, B, K/G, s, e], this rank's tokens only. Those of one block are exchanged
-    while the block before it is attended with.
+    while the next two are projected and the two before it are attended with.
     """
     config, grid, xp, track = model.config, model.grid, model.xp, model.memory.track
     normed = normalise(model, x, weights.gains[2 * layer])
@@ -244,8 +281,9 @@ def attention_forward(
                 saved.q[block, slot] = track("activations", q)
                 saved.tile_keys_values[block, slot] = own[tile]
             yield block, wo, GatherKeysValues(comm, model, own, Tag.KEYS_VALUES)
+        follow(model)
 
-    for block, wo, exchange in ahead(projected()):
+    for block, wo, exchange in Ahead(projected(), 2):
         keys_values = exchange.finish()  # -> [2, B, K/G, S, e]
         for slot in grid.slots:
             comm.progress(block, slot)
@@ -276,13 +314,10 @@ def attention_backward(
     expected = [((block, 0), peer, block) for block in grid.blocks for peer in comm.others]
     home = ReduceToOwner(comm, model, weights.attention[layer].shape[1:], Tag.ATTENTION_GRADIENTS, expected)
     blocks = arriving(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS)
-
-    def gathered() -> Iterator[GatherKeysValues]:
-        for _, block in blocks.order:
-            yield GatherKeysValues(comm, model, saved.keys_values[block], Tag.KEYS_VALUES)
+    exchanges = model.coming.pop(Tag.KEYS_VALUES, None) or gathers(comm, model, saved)
 
     def attended() -> Iterator[tuple[int, int, Array, Tiles, dict[int, Tree[Array]], ScatterKeysValues]]:
-        for exchange, (owner, block, packed) in zip(ahead(gathered()), blocks, strict=True):  # strict, so that both end
+        for exchange, (owner, block, packed) in zip(exchanges, blocks, strict=True):  # strict, so that both end
             _, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
             keys_values = exchange.finish()  # -> [2, B, K/G, S, e]
             dq: Tiles = {}
@@ -299,8 +334,9 @@ def attention_backward(
                         tree.add(slot, dkeys[:, :, :, grid.tokens(seen)])
             del keys_values, k, v, dkeys  # before the next block's are put together
             yield owner, block, packed, dq, dkv, ScatterKeysValues(comm, model, dkv, Tag.KEYS_VALUES_GRADIENTS)
+        follow(model)
 
-    for owner, block, packed, dq, dkv, exchange in ahead(attended()):
+    for owner, block, packed, dq, dkv, exchange in Ahead(attended()):
         exchange.finish()
         wqkv, _ = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
         dweights = Tree[Array](range(config.tiles))
@@ -316,8 +352,7 @@ def attention_backward(
         if owner == comm.rank:
             home.receive((block, 0))
         home.send(owner, block, dweights)
-    for out, total in zip(gradients.attention[layer], home.finish()):
-        out[...] = total
+    put_off(model, partial(home.write, gradients.attention[layer]))
     dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer)
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
 
@@ -331,7 +366,10 @@ def mlp_forward(
     normed = normalise(model, x, weights.gains[2 * layer + 1])
     output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
     saved = MlpSaved(x)
-    for _, block, packed in arriving(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS):
+    blocks = arriving(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS)
+    for _, block, packed in blocks:
+        if blocks.all_posted:
+            follow(model)
         gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
         for slot in grid.slots:
             comm.progress(block, slot)
@@ -354,7 +392,10 @@ def mlp_backward(
     dealt = owned(comm, model)
     expected = when_own_is_last(dealt, comm.rank)
     home = ReduceToOwner(comm, model, weights.mlp[layer].shape[1:], Tag.MLP_GRADIENTS, expected)
-    for owner, block, packed in arriving(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS):
+    blocks = arriving(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS)
+    for owner, block, packed in blocks:
+        if blocks.all_posted:
+            follow(model)
         gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
         dweights = Tree[Array](range(config.tiles))
         for slot in grid.slots:
@@ -366,8 +407,7 @@ def mlp_backward(
             dweights.add(slot, leaf)
         home.receive(turn(dealt, comm.rank, owner, block))
         home.send(owner, block, dweights)
-    for out, total in zip(gradients.mlp[layer], home.finish()):
-        out[...] = total
+    put_off(model, partial(home.write, gradients.mlp[layer]))
     dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer + 1)
     return {slot: dy[slot] + dx[slot] for slot in grid.slots}
 
@@ -406,7 +446,10 @@ def head_backward(
     dealt = owned(comm, model)
     expected = when_own_is_last(dealt, comm.rank)
     home = ReduceToOwner(comm, model, weights.head_table.shape[1:], Tag.HEAD_GRADIENTS, expected)
-    for owner, block, table in arriving(comm, model, weights.head_table, Tag.HEAD_WEIGHTS):
+    blocks = arriving(comm, model, weights.head_table, Tag.HEAD_WEIGHTS)
+    for owner, block, table in blocks:
+        if blocks.all_posted:
+            follow(model)
         dtable = Tree[Array](range(config.tiles))
         for slot in grid.slots:
             comm.progress(block, slot)
@@ -416,8 +459,7 @@ def head_backward(
             dtable.add(slot, leaf)
         home.receive(turn(dealt, comm.rank, owner, block))
         home.send(owner, block, dtable)
-    for out, total in zip(gradients.head_table, home.finish()):
-        out[...] = total
+    put_off(model, partial(home.write, gradients.head_table))
     return normalise_backward(model, totals(dnormed), saved.x, weights.gains[-1], dgain, -1)
 
 
@@ -439,20 +481,22 @@ def model_forward(
 ) -> tuple[float, Saved]:
     """The loss of a batch, and what the backward needs. tokens and targets: slot -> [B, s], of this rank's slots."""
     saved = Saved(tokens, targets)
-    set_off(comm, model, weights.attention[0], Tag.ATTENTION_WEIGHTS)
+    config = model.config
+    model.following = [partial(set_off, comm, model, weights.attention[0], Tag.ATTENTION_WEIGHTS)]
     x = embedding_forward(comm, model, tokens, weights)
-    for layer in range(model.config.num_layers):
-        set_off(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS)
+    for layer in range(config.num_layers):
+        model.following = [partial(set_off, comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS, 1)]
         x, attention = attention_forward(comm, model, x, weights, layer)
-        if layer + 1 < model.config.num_layers:
-            set_off(comm, model, weights.attention[layer + 1], Tag.ATTENTION_WEIGHTS)
+        if layer + 1 < config.num_layers:
+            model.following = [partial(set_off, comm, model, weights.attention[layer + 1], Tag.ATTENTION_WEIGHTS)]
         else:
-            set_off(comm, model, weights.head_table, Tag.HEAD_WEIGHTS)
+            model.following = [partial(set_off, comm, model, weights.head_table, Tag.HEAD_WEIGHTS)]
         x, mlp = mlp_forward(comm, model, x, weights, layer)
         saved.attention.append(attention)
         saved.mlp.append(mlp)
         forget(model, saved)
     loss, saved.head = head_forward(comm, model, x, targets, weights)
+    finish_all(comm, model)
     return loss, saved
 
 
@@ -462,23 +506,26 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
     config = model.config
     dgain = {slot: model.empty("working", *weights.gains.shape) for slot in model.grid.slots}
     if model.recompute != "full":
-        set_off(comm, model, weights.mlp[-1], Tag.MLP_WEIGHTS)
+        model.following = [partial(set_off, comm, model, weights.mlp[-1], Tag.MLP_WEIGHTS, 1)]
     dx = head_backward(comm, model, saved.head, saved.targets, weights, gradients, dgain)
     for layer in reversed(range(config.num_layers)):
         if model.recompute == "full":
+            model.following = [partial(set_off, comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS, 1)]
             x, saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)
             saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer)[1]
             del x  # which the MLP's backward is the last to need
         if model.recompute == "none":
-            set_off(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS)
+            model.following = [partial(keys_values_set_off, comm, model, saved.attention[-1]),
+                               partial(set_off, comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS)]
         dx = mlp_backward(comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
         if model.recompute == "attention":
             saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)[1]
         if layer and model.recompute != "full":
-            set_off(comm, model, weights.mlp[layer - 1], Tag.MLP_WEIGHTS)
+            model.following = [partial(set_off, comm, model, weights.mlp[layer - 1], Tag.MLP_WEIGHTS, 1)]
         dx = attention_backward(comm, model, dx, saved.attention.pop(), weights, layer, gradients, dgain)
     embedding_backward(comm, model, dx, saved.tokens, weights, gradients)
     gains_backward(comm, model, dgain, gradients)
+    finish_all(comm, model)
 
 
 @phase("optimizer", "backward")
