@@ -146,10 +146,15 @@ def let_one_copy_of_a_gradient_drift(monkeypatch):
     """By one bit in one number, on one rank, of what all have summed."""
     honest = collectives.all_gather_gradients
 
-    def drifting(comm, gradients, totals, tag):
-        honest(comm, gradients, totals, tag)
-        if comm.rank == comm.size - 1 and tag == Tag.MLP_GRADIENTS:
-            gradients[0, -1] = np.nextafter(gradients[0, -1], gradients.dtype.type(9))
+    def drifting(home, gradients, tied=False):
+        wait = honest(home, gradients, tied)
+
+        def finish():
+            wait()
+            if home.comm.rank == home.comm.size - 1 and home.tag == Tag.MLP_GRADIENTS:
+                gradients[0, -1] = np.nextafter(gradients[0, -1], gradients.dtype.type(9))
+
+        return finish
 
     for module in (sp, tp_sp):
         monkeypatch.setattr(module, "all_gather_gradients", drifting)
@@ -158,9 +163,14 @@ def let_one_copy_of_a_gradient_drift(monkeypatch):
 def leave_one_copy_of_a_gradient_at_zero(monkeypatch):
     honest = collectives.all_gather_gradients
 
-    def forgetful(comm, gradients, totals, tag):
-        honest(comm, gradients, totals, tag)
-        gradients *= comm.rank == 0 or tag != Tag.MLP_GRADIENTS
+    def forgetful(home, gradients, tied=False):
+        wait = honest(home, gradients, tied)
+
+        def finish():
+            wait()
+            gradients[...] *= home.comm.rank == 0 or home.tag != Tag.MLP_GRADIENTS
+
+        return finish
 
     monkeypatch.setattr(sp, "all_gather_gradients", forgetful)
 
