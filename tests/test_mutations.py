@@ -365,8 +365,14 @@ def give_the_other_axis_to(collective):
             other[mesh.weights], other[mesh.tokens] = mesh.tokens, mesh.weights
             return mesh
 
+        def gather_along_the_other(home, *rest):
+            totals = home.finish()
+            home.finish, home.comm = lambda: totals, other[home.comm]
+            return honest(home, *rest)
+
         monkeypatch.setattr(strategy, "make_mesh", noted)
-        monkeypatch.setattr(tp_sp, collective, lambda axis, *rest: honest(other[axis], *rest))
+        monkeypatch.setattr(tp_sp, collective, gather_along_the_other if collective == "all_gather_gradients" else
+                            lambda axis, *rest: honest(other[axis], *rest))
 
     mutate.__name__ = collective
     return mutate
