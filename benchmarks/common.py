@@ -43,6 +43,7 @@ from tsp_ref.training.data import Text  # noqa: E402
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 CALM = 0.02  # seconds before each turn: threads of OpenMP go on looking for work for some milliseconds after the last
+PATIENCE, HASTE = 30.0, 5.0  # seconds for children to end by themselves, after the last question and after Ctrl-C
 
 # What a benchmark needs, from one place.
 __all__ = [
@@ -284,15 +285,17 @@ class Worker:
         self.idle_seconds = max(self.idle_seconds, *(answer["idle_seconds"] for answer in answers))
         return answers[0] | {"processor_seconds": sum(answer["processor_seconds"] for answer in answers)}
 
-    def end(self, patiently: bool) -> None:
-        """Let it end by itself, or end it."""
+    def hang_up(self) -> None:
+        """Ask no more: it ends when it notices, after the step that it is at."""
         for stream in (*self.streams, self.listener):
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.close()
-        if patiently:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(20)
+
+    def end(self, seconds: float) -> None:
+        """End it, if it has not ended by itself within so many seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, seconds))
         if self.process.poll() is None:
             launcher.end(self.process)
 
@@ -311,8 +314,11 @@ def workers(commands: Mapping[str, tuple[Sequence[str], int, int]]) -> Iterator[
             yield started
             done = True
         finally:
+            until = time.monotonic() + (PATIENCE if done else HASTE)
             for worker in started.values():
-                worker.end(patiently=done)
+                worker.hang_up()
+            for worker in started.values():
+                worker.end(until - time.monotonic())
 
 
 class Steps:
@@ -321,12 +327,14 @@ class Steps:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.losses: list[float] = []
+        self.norms: list[float] = []  # of the gradients, before clipping
         self.processor_times: list[float] = []  # of all its processes and threads together
 
     def __call__(self) -> float:
         """Ask for a step."""
         answer = self.worker.ask("step")
         self.losses.append(answer["loss"])
+        self.norms.append(answer["norm"])
         self.processor_times.append(answer["processor_seconds"])
         return float(answer["seconds"])
 
@@ -337,8 +345,8 @@ class Steps:
 
 
 def agreed_losses(benchmark: Benchmark, runs: Mapping[str, Steps]) -> bool:
-    """Whether all these runs of tsp_ref had the same losses, which they owe to the last bit; says so if not."""
-    alike = len({tuple(steps.losses) for steps in runs.values()}) == 1
+    """Whether all these runs of tsp_ref had the same losses and norms, as they owe to the last bit; says if not."""
+    alike = len({(*steps.losses, *steps.norms) for steps in runs.values()}) == 1
     if not alike:
         benchmark.say("[red]THE LOSSES DIFFER[/] between runs of tsp_ref, which must agree in every bit: "
                       + "; ".join(f"{name} {steps.losses[-1]!r}" for name, steps in runs.items()))

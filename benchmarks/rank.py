@@ -33,7 +33,7 @@ def main(comm: Communicator) -> int:
         report = training.step()
         mine = np.array([time.perf_counter() - begin])
         # The slowest rank's; and no rank sleeps before the last one has what it waits for.
-        return {"seconds": float(max(all_gather(comm, mine))[0]), "loss": report.loss}
+        return {"seconds": float(max(all_gather(comm, mine))[0]), "loss": report.loss, "norm": report.norm}
 
     def count() -> dict[str, Any]:
         """The largest peak of a rank, when everything is counted."""

@@ -100,8 +100,8 @@ class TorchTraining:
             betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
         self.steps_done = 0
 
-    def step(self) -> float:
-        """Forward, backward, clipping, AdamW; the loss."""
+    def step(self) -> tuple[float, float]:
+        """Forward, backward, clipping, AdamW; the loss, and the gradients' norm before clipping."""
         tokens, targets = (torch.from_numpy(self.whole(part))
                            for part in batch(self.model, self.text, TRAINING, self.steps_done))
         for group in self.optimizer.param_groups:
@@ -109,11 +109,10 @@ class TorchTraining:
         self.optimizer.zero_grad()
         loss = self.llama(tokens, targets)
         loss.backward()
-        if self.config.clip_norm:
-            nn.utils.clip_grad_norm_(self.llama.parameters(), self.config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(self.llama.parameters(), self.config.clip_norm or float("inf"))
         self.optimizer.step()
         self.steps_done += 1
-        return float(loss.detach())
+        return float(loss.detach()), float(norm)
 
     def whole(self, tiles: dict[int, Any]) -> Any:
         """[B, S] of slot -> [B, s]."""
@@ -129,8 +128,8 @@ def main() -> None:
 
     def step() -> dict[str, Any]:
         begin = time.perf_counter()
-        loss = training.step()
-        return {"seconds": time.perf_counter() - begin, "loss": loss}
+        loss, norm = training.step()
+        return {"seconds": time.perf_counter() - begin, "loss": loss, "norm": norm}
 
     serve(sys.argv[3], 0, {"step": step})
 
