@@ -21,8 +21,8 @@ made, whose operands are measured as they pass, and by the books of a training s
 
     mpirun -n 2 python lessons/17_where_the_time_goes.py --answer mine.py
 
-Try it: with 4 ranks, give `CONFIG` tiles of 4 tokens instead of 32, `tiles=64`. The operations stay what they are, but
-the bytes of a step's products more than double, and the step takes longer. (Nothing fails: no check is on a time.)
+Try it: with 4 ranks, give `CONFIG` tiles of 4 tokens instead of 32, `tiles=64`. A step's products are hardly fewer
+operations, but move about four times as many bytes, and the step takes longer. (Nothing fails: no check is on a time.)
 """
 
 from __future__ import annotations
