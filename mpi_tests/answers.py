@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 OVERLAP, RING, TRACE = "14_the_overlap_that_was_not_there.py", "15_overlap_made_real.py", "16_reading_a_trace.py"
+TIME = "17_where_the_time_goes.py"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,13 @@ def hidden(messages, computation, both):
 def bandwidth(pair):
     return pair.sent.size / max(pair.received.end - max(pair.sent.begin, pair.received.begin), 1e-12)
 """),
+    "17: by the result's shape, and by trying": Answer(TIME, """
+def product_flops(left, right):
+    return 2 * math.prod((*left[:-1], right[-1])) * left[-1]
+
+def least_tokens(inner, columns, intensity, size):
+    return tried(inner, columns, intensity, size)
+"""),
 }
 
 WRONG = {
@@ -109,4 +117,36 @@ def hidden_seconds(lane, coming):
     return sum(max(0.0, min(end, span.end) - max(begin, span.begin))
                for begin, end in map(on_its_way, coming) for span in lane.spans if span.what == "compute")
 """, ("hidden_seconds: ", "hidden_seconds is")),
+    "17: nothing written": Answer(TIME, """
+def product_flops(left, right): ...
+def product_bytes(left, right, size): ...
+def least_tokens(inner, columns, intensity, size): ...
+""", ("product_flops: ", "product_bytes: ", "least_tokens: ", "product_flops, summed", "product_bytes, summed",
+      "least_tokens says")),
+    "17: multiplications alone": Answer(TIME, """
+def product_flops(left, right):
+    return math.prod(left) * right[-1]
+""", ("product_flops: ", "product_flops, summed")),
+    "17: leading sizes forgotten": Answer(TIME, """
+def product_flops(left, right):
+    return 2 * left[-2] * left[-1] * right[-1]
+""", ("product_flops: ",)),
+    "17: the result is not written": Answer(TIME, """
+def product_bytes(left, right, size):
+    return size * (math.prod(left) + math.prod(right))
+""", ("product_bytes: ", "product_bytes, summed")),
+    "17: all numbers have four bytes": Answer(TIME, """
+def product_bytes(left, right, size):
+    return 4 * (math.prod(left) + math.prod(right) + math.prod(left[:-1]) * right[-1])
+""", ("product_bytes: ",)),
+    "17: rounded down": Answer(TIME, """
+def least_tokens(inner, columns, intensity, size):
+    gain = 2 * inner * columns - intensity * size * (inner + columns)
+    return int(intensity * size * inner * columns / gain) if gain > 0 else None
+""", ("least_tokens: ",)),
+    "17: any intensity can be had": Answer(TIME, """
+def least_tokens(inner, columns, intensity, size):
+    gain = 2 * inner * columns - intensity * size * (inner + columns)
+    return math.ceil(intensity * size * inner * columns / (gain or 1))
+""", ("least_tokens: ",)),
 }

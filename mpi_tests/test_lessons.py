@@ -56,8 +56,8 @@ def test_a_lesson_s_checks_hold_on_virtual_ranks(lesson):
     check_held(virtually(path_of(lesson), "--ranks", "4", "--shuffle", "7"))
 
 
-def test_there_are_sixteen_lessons_numbered_without_a_gap():
-    assert [name[:2] for name in LESSONS] == [f"{number:02}" for number in range(1, 17)]
+def test_there_are_seventeen_lessons_numbered_without_a_gap():
+    assert [name[:2] for name in LESSONS] == [f"{number:02}" for number in range(1, 18)]
 
 
 FAILING = """
@@ -100,7 +100,8 @@ def test_a_wrong_answer_fails_the_checks_that_are_about_it(n, name, written):
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-@pytest.mark.parametrize("name", ["14: means", "15: one buffer", "15: nobody looks", "16: a time counts twice"])
+@pytest.mark.parametrize("name", ["14: means", "15: one buffer", "15: nobody looks", "16: a time counts twice",
+                                  "17: nothing written"])
 def test_so_it_does_on_virtual_ranks(name, ranks, written):
     check_failed(virtually(*written(WRONG[name]), "--ranks", str(ranks)), WRONG[name].fails)
 

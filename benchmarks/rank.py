@@ -1,0 +1,50 @@
+"""One rank, or the single process, of a benchmark: it is asked for one training step at a time, and sleeps meanwhile.
+
+Started by the benchmarks (`common.Worker`), not by hand: the arguments are a configuration as JSON, a schedule, and the
+path of a socket.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from common import json, np, random_text, serve
+
+from tsp_ref.comm.communicator import Communicator
+from tsp_ref.comm.control import agreed, all_gather, from_root
+from tsp_ref.config import Config
+from tsp_ref.launch import start
+from tsp_ref.training.loop import Training
+from tsp_ref.training.strategy import Plan
+
+
+def main(comm: Communicator) -> int:
+    """Serve until the parent hangs up."""
+    config, schedule, path = Config(**json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
+    comm.travel_by("poll", None)
+    text = random_text(config)
+    training = agreed(comm, lambda: Training(config, comm, Plan(schedule), text, np))
+
+    def step() -> dict[str, Any]:
+        from_root(comm, 0)  # all ranks begin together
+        begin = time.perf_counter()
+        report = training.step()
+        mine = np.array([time.perf_counter() - begin])
+        # The slowest rank's; and no rank sleeps before the last one has what it waits for.
+        return {"seconds": float(max(all_gather(comm, mine))[0]), "loss": report.loss, "norm": report.norm}
+
+    def count() -> dict[str, Any]:
+        """The largest peak of a rank, when everything is counted."""
+        counted = Training(config, comm, Plan(schedule, counted=True), text, np)
+        counted.step()
+        mine = np.array([counted.model.memory.total_peak])
+        return {"peak_bytes": int(max(all_gather(comm, mine))[0])}
+
+    serve(path, comm.rank, {"step": step, "count": count})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(start(main))

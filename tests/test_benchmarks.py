@@ -1,0 +1,186 @@
+"""Every benchmark runs, on a tiny model: what it writes is whole and finite, and no time is asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launcher import ROOT, environment
+
+LIMIT = 120  # seconds; on a machine that is busy
+
+needs_torch = pytest.mark.skipif(util.find_spec("torch") is None, reason="PyTorch, to compare with, is not installed")
+
+EVERY = {
+    "vs_torch": ("vs_torch", "--ranks", "1"),
+    "scaling": ("scaling", "--schedules", "tsp", "tp+sp"),
+    "roofline": ("roofline", "--shapes"),
+    "grid_cost": ("grid_cost", "--grids", "1x1", "8x16"),
+}
+NAMES = [pytest.param(name, marks=needs_torch) if name == "vs_torch" else name for name in EVERY]
+
+
+def command(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, str(Path("benchmarks") / f"{name}.py"), *arguments]
+
+
+def ended(*command_line: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command_line, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
+
+
+def tiny(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return ended(*command(name, "--preset", "tiny", "--set", "num_layers=1", "--repeats", "1", *arguments))
+
+
+def numbers(value: Any) -> list[float]:
+    """Every number in a JSON value."""
+    if isinstance(value, dict):
+        return numbers(list(value.values()))
+    if isinstance(value, list):
+        return [number for each in value for number in numbers(each)]
+    return [value] if isinstance(value, int | float) else []
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """name -> what a benchmark printed and wrote; each is run once."""
+    folder, found = tmp_path_factory.mktemp("benchmarks"), {}
+
+    def result(name):
+        if name not in found:
+            file = folder / name
+            done = tiny(*EVERY[name], "--json", str(file))
+            assert done.returncode == 0, done.stdout + done.stderr
+            found[name] = done.stdout, json.loads(file.read_text())
+        return found[name]
+
+    return result
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_writes_its_figures_its_machine_and_its_model(name, results):
+    output, written = results(name)
+    assert written["benchmark"] == name and written["config"]["hidden_size"] == 64
+    assert {"cpu", "cores", "blas", "versions", "load_at_start", "load_at_end"} <= set(written["machine"])
+    assert written["machine"]["cpu"] in output and "load of the machine" in output
+    assert all(map(math.isfinite, numbers(written))) and len(numbers(written)) > 40
+
+
+@needs_torch
+def test_pytorch_computes_the_same(results):
+    _, written = results("vs_torch")
+    assert list(written["rows"]) == ["tsp_ref, 1 process", "PyTorch, 1 thread"]
+    assert 0 < written["largest_relative_gap"] < 1e-5
+    assert written["rows"]["tsp_ref, 1 process"]["over_torch"] > 0
+    assert all(len(row["losses"]) == len(row["norms"]) == 2 for row in written["rows"].values())
+
+
+GROUPED = ("vs_torch", "--ranks", "2", "--set", "num_heads=16", "tied_head=true", "batch_size=1")
+
+
+@pytest.mark.parametrize("arguments", [pytest.param(GROUPED, marks=needs_torch), ("grid_cost", "--grids", "8x8")])
+def test_a_difference_beyond_the_tolerance_is_said_and_exits_with_1(arguments, tmp_path):
+    done = tiny(*arguments, "--tolerance", "0", "--json", str(tmp_path / "json"))
+    assert done.returncode == 1 and "NOT THE SAME COMPUTATION" in done.stdout, done.stdout + done.stderr
+    assert 0 < json.loads((tmp_path / "json").read_text())["largest_relative_gap"] < 1e-5  # it is only rounding
+
+
+def test_scaling_has_a_row_for_the_single_process_and_for_each_schedule_at_each_n(results):
+    rows = results("scaling")[1]["rows"]
+    assert [(row["schedule"], row["ranks"]) for row in rows] == [
+        ("single", 1), ("tsp", 1), ("tsp", 2), ("tp+sp", 1), ("tp+sp", 2)]
+    assert all(row["speedup"] == 1 for row in rows if row["ranks"] == 1)
+    held = {(row["schedule"], row["ranks"]): row["peak_bytes"] for row in rows}
+    assert held["tsp", 2] < 0.7 * held["single", 1]
+
+
+def test_the_roofline_has_every_product_of_the_step(results):
+    from tsp_ref.config import make_config
+    from tsp_ref.formulas.memory import alone
+    from tsp_ref.formulas.work import step_flops
+
+    output, written = results("roofline")
+    config = make_config("tiny", num_layers=1)
+    assert written["flops"] == sum(step_flops(config, alone(config)).values())
+    assert written["flops"] == sum(row["calls"] * row["flops_each"] for row in written["products"])
+    assert written["flops"] == sum(row["flops"] for row in written["functions"])
+    functions = {row["function"] for row in written["functions"]}
+    assert {row["function"] for row in written["products"]} <= functions and "sums in trees" in functions
+    assert {row["form"] for row in written["products"]} >= {"NN", "NT", "TN"}
+    assert "the target is at most 1.33" in output
+
+
+def test_the_grid_s_cost_is_over_the_textbook_model(results):
+    rows = results("grid_cost")[1]["rows"]
+    assert [row["grid"] for row in rows] == ["naive", "1x1", "8x16"] and rows[0]["over_naive"] == 1
+    assert results("grid_cost")[1]["largest_relative_gap"] < 1e-5
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_help_says_what_is_measured_and_how_to_begin(name):
+    done = ended(*command(name, "--help"))
+    assert done.returncode == 0 and f"python benchmarks/{name}.py" in done.stdout and "exit code" in done.stdout
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("roofline", "--repeats", "0"), "--repeats 0 is not valid: use 1 or more"),
+    (("grid_cost", "--json", "/no/such/folder/file"), "--json /no/such/folder/file cannot be written"),
+    (("grid_cost", "--grids", "8by16"), "--grids 8by16 is not of the form GxT"),
+    (("grid_cost", "--grids", "3x16"), "num_kv_heads=8 is not a multiple of blocks=3"),
+    (("scaling", "--ranks", "99"), "--ranks 99 is not possible: use 1 to 8"),
+    (("roofline", "--set", "hidden_size=many"), "hidden_size=many is not valid: use a whole number"),
+])
+def test_what_cannot_be_measured_is_refused_in_one_line(arguments, message):
+    done = tiny(*arguments)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+WITHOUT_TORCH = """
+import importlib.util, runpy, sys
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *more: None if name == "torch" else found(name, *more)
+sys.argv = ["vs_torch.py", "--preset", "tiny"]
+runpy.run_path("benchmarks/vs_torch.py", run_name="__main__")
+"""
+
+
+def test_without_pytorch_the_comparison_says_how_to_get_it():
+    done = ended(sys.executable, "-c", "import sys; sys.path.insert(0, 'benchmarks')\n" + WITHOUT_TORCH)
+    assert done.returncode == 2
+    assert done.stderr == "error: PyTorch is not installed: pip install -e '.[bench]', or pip install torch\n"
+
+
+def running(mark: str) -> list[str]:
+    """The command lines that have this mark in them."""
+    lines = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True).stdout.splitlines()
+    return [line for line in lines if mark in line]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_benchmark_that_is_ended_leaves_nothing_running(number, code):
+    seed = f"26042{int(number):04}"  # by which its ranks are found: a benchmark's line says seed=, a rank's "seed":
+    job = subprocess.Popen(
+        command("scaling", "--preset", "tiny", "--set", f"seed={seed}", "--repeats", "9999", "--schedules", "tsp"),
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert any(line.startswith("round 1/") for line in job.stdout)
+        assert len(running(f'"seed": {seed}')) >= 4  # of the single process, of TSP on one rank and on two
+        job.send_signal(number)
+        _, errors = job.communicate(timeout=LIMIT)
+        assert job.returncode == code
+        assert "Traceback" not in errors and ("interrupted" in errors) == (number == signal.SIGINT)
+        until = time.monotonic() + LIMIT
+        while running(f'"seed": {seed}') and time.monotonic() < until:
+            time.sleep(0.1)
+        assert running(f'"seed": {seed}') == []
+    finally:
+        job.kill()
