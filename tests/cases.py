@@ -19,6 +19,7 @@ from tsp_ref.model import Model
 from tsp_ref.parameters import Parameters, initial_parameters, named_views, zero_parameters
 from tsp_ref.reference import single
 from tsp_ref.schedules import tp_sp
+from tsp_ref.schedules.collectives import finish_all
 from tsp_ref.training.collect import digest
 from tsp_ref.training.data import Text
 from tsp_ref.training.loop import Training
@@ -104,8 +105,10 @@ def perturbed_parameters(model: Model, seed: int = 7) -> Parameters:
 class Calls:
     """The functions of a reference or schedule with their first arguments filled in: Calls(tsp, comm, model)."""
 
-    def __init__(self, module: ModuleType, *context: Any) -> None:
+    def __init__(self, module: ModuleType, *context: Any, finish: Callable[[], None] = lambda: None) -> None:
+        """finish: sees off what parts that are run by themselves have left under way."""
         self._module, self._context = module, context
+        self.finish = finish
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return partial(getattr(self._module, name), *self._context)
@@ -198,6 +201,7 @@ def _layers(
             x, attention = calls.attention_forward(x, weights, layer)
             x, mlp = calls.mlp_forward(x, weights, layer)
             saved.append((attention, mlp))
+        calls.finish()
         return x, saved
 
     def value(weights: Parameters) -> float:
@@ -213,6 +217,7 @@ def _layers(
             dx = calls.attention_backward(dx, saved[layer][0], weights, layer, gradients, dgain)
         calls.embedding_backward(dx, tokens, weights, gradients)
         calls.gains_backward(dgain, gradients)
+        calls.finish()
 
     return value, backward
 
@@ -237,4 +242,4 @@ def schedule_calls(config: Config, plan: Plan, comm: Communicator) -> tuple[Call
     else:
         module, ranks = ON_ONE_AXIS[plan.schedule], comm
     model = Model(config, np, *module.place(ranks), layout=plan.layout, recompute=plan.recompute)
-    return Calls(module, ranks, model), model
+    return Calls(module, ranks, model, finish=partial(finish_all, comm, model)), model

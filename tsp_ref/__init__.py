@@ -8,6 +8,7 @@ The letters in shape comments, here and everywhere:
     h  hidden size                  g  query heads a key/value head serves, H/K
     f  feed-forward size            L  layers                   V  vocabulary size
     n  keys that a tile of queries sees: all tokens up to the tile's last
+    c  keys of a chunk of them
     m  blocks at hand: those of one owner
 
 The words:

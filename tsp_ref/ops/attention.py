@@ -107,7 +107,7 @@ def attend_backward(
     # A softmax passes on only what differs from the weighted mean of its gradient, which is <dheads, heads>.
     mean = xp.sum(dheads * heads, axis=-1, keepdims=True)  # [B, K/G, g*s, e] -> [B, K/G, g*s, 1]
     dkv = xp.empty((2, *k.shape), dtype=k.dtype)  # [2, B, K/G, n, e]
-    dq = xp.zeros(q.shape, dtype=q.dtype)
+    dq = xp.zeros_like(q)
     for keys in key_chunks(q, k.shape[2], mask.shape[0]):
         chunk_k, chunk_v = k[:, :, keys], v[:, :, keys]  # -> [B, K/G, c, e], [B, K/G, c, e]
         probs = scaled @ chunk_k.swapaxes(-1, -2)  # [B, K/G, g*s, e] -> [B, K/G, g*s, c]

@@ -1,0 +1,70 @@
+"""Operations that are written for the cache, against the plain form that their docstring gives."""
+
+import numpy as np
+import pytest
+
+from tsp_ref.ops import attention
+from tsp_ref.ops.attention import attend_backward, attend_forward, causal_mask, key_chunks
+from tsp_ref.ops.mlp import sigmoid, swiglu_backward, swiglu_forward
+
+LENGTH, QUERIES_A_KEY, HEAD = 8, 2, 6
+
+
+def random(*shape):
+    """Random numbers, the same for the same shape."""
+    return np.random.default_rng(shape).standard_normal(shape)
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 5])
+@pytest.mark.parametrize("chunk_tiles", [1, 2, 3])
+def test_attention_by_chunks_of_keys_is_attention_over_all_of_them(tiles, chunk_tiles, monkeypatch):
+    rows, keys = QUERIES_A_KEY * LENGTH, tiles * LENGTH
+    q, dheads = random(3, 2, rows, HEAD), random(3, 2, rows, HEAD) + 1
+    k, v = random(3, 2, keys, HEAD), random(3, 2, keys, HEAD) - 1
+    mask = causal_mask(np, LENGTH, "float64")
+    monkeypatch.setattr(attention, "CHUNK_BYTES", chunk_tiles * 3 * 2 * rows * LENGTH * 8)
+    assert len(key_chunks(q, keys, LENGTH)) == -(-tiles // chunk_tiles)
+
+    position = np.tile(np.arange(keys - LENGTH, keys), QUERIES_A_KEY)[:, None]  # of each row's query
+    scores = np.where(np.arange(keys) <= position, q @ k.swapaxes(-1, -2) / np.sqrt(HEAD), -np.inf)
+    p = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    heads, logsumexp = attend_forward(np, q, k, v, mask)
+    np.testing.assert_allclose(heads, p @ v, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(logsumexp[..., 0], np.log(np.exp(scores).sum(-1)), rtol=1e-12)
+
+    dq, (dk, dv) = attend_backward(np, dheads, q, k, v, mask, heads, logsumexp)
+    dscores = p * (dheads @ v.swapaxes(-1, -2) - (dheads * heads).sum(-1, keepdims=True)) / np.sqrt(HEAD)
+    np.testing.assert_allclose(dv, p.swapaxes(-1, -2) @ dheads, rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(dq, dscores @ k, rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(dk, dscores.swapaxes(-1, -2) @ q, rtol=1e-11, atol=1e-13)
+
+
+def test_chunks_are_whole_tiles_that_cover_the_keys_in_order():
+    q = np.zeros((1, 2, 256, 64), dtype=np.float32)
+    for tiles in range(1, 9):
+        chunks = key_chunks(q, 256 * tiles, 256)
+        assert [key for chunk in chunks for key in range(chunk.start, chunk.stop)] == list(range(256 * tiles))
+        assert all((chunk.stop - chunk.start) * 2 * 256 * 4 == attention.CHUNK_BYTES for chunk in chunks)
+
+
+def test_swiglu_in_place_is_the_plain_one():
+    x, dy, gate_up, down = random(2, 4, 10), random(2, 4, 10) + 1, random(10, 14), random(7, 10)
+    y, projected = swiglu_forward(np, x, gate_up, down)
+    out = np.empty_like(gate_up), np.empty_like(down)
+    dx = swiglu_backward(np, dy, x, gate_up, down, projected, out)
+
+    gate, up = np.split(x @ gate_up, 2, axis=-1)
+    slope = 1 / (1 + np.exp(-gate))
+    silu = gate * slope
+    dhidden = dy @ down.T
+    dprojected = np.concatenate([dhidden * up * (slope + silu * (1 - slope)), dhidden * silu], axis=-1)
+    np.testing.assert_allclose(y, (silu * up) @ down, rtol=1e-12)
+    np.testing.assert_allclose(dx, dprojected @ gate_up.T, rtol=1e-11)
+    np.testing.assert_allclose(out[0], np.einsum("bsi,bso->io", x, dprojected), rtol=1e-11)
+    np.testing.assert_allclose(out[1], np.einsum("bsi,bso->io", silu * up, dy), rtol=1e-11)
+    np.testing.assert_allclose(projected.reshape(2, 4, 14), x @ gate_up, rtol=1e-12)
+
+
+def test_the_sigmoid_of_any_number_is_finite():
+    with np.errstate(all="raise", under="ignore"):
+        assert list(sigmoid(np, np.array([-1e30, 0.0, 1e30], dtype=np.float32))) == [0.0, 0.5, 1.0]
