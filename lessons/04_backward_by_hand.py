@@ -146,7 +146,7 @@ def rmsnorm_pair(draw: Draw) -> Pair:
 
 def rotary_pair(draw: Draw) -> Pair:
     """The rotary embedding, of a tile that begins at position s."""
-    table = rotary_table(np, s, s, e, THETA, "float64")  # [2, s, e/2]
+    table = rotary_table(np, s, s, e, THETA, "float64")  # [2, s, e]
 
     def forward(x: Array) -> tuple[Array, ...]:
         return (rotary_forward(np, x, table),)
@@ -159,7 +159,7 @@ def rotary_pair(draw: Draw) -> Pair:
 
 def qkv_pair(draw: Draw) -> Pair:
     """The projection to queries, keys and values; three results, so three cotangents."""
-    table = rotary_table(np, s, s, e, THETA, "float64")  # [2, s, e/2]
+    table = rotary_table(np, s, s, e, THETA, "float64")  # [2, s, e]
 
     def forward(x: Array, wqkv: Array) -> tuple[Array, ...]:
         return qkv_forward(np, x, wqkv, table, QUERY_HEADS // KV_HEADS)

@@ -48,10 +48,11 @@ def test_computing_anew_what_a_backward_needs_changes_no_bit(plan, ranks):
 
 
 @pytest.mark.parametrize("plan, ranks", every_plan(SCHEDULES, [3]))
-def test_the_bits_agree_where_the_keys_of_a_tile_are_several_chunks(plan, ranks, monkeypatch):
+def test_the_bits_agree_where_a_tile_is_several_strips_of_queries_and_chunks_of_keys(plan, ranks, monkeypatch):
     config = case_config("grouped-query", "float32", num_layers=1, tiles=8)
     whole = single_digest(config, steps=1)
     monkeypatch.setattr(attention, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(attention, "STRIP", config.tile_len // 2)
     chunked = virtual_digest(config, Plan("single"), 1, steps=1)
     assert chunked != whole, "sums in another order"
     assert virtual_digest(config, plan, ranks, seed=ranks, steps=1) == chunked

@@ -104,8 +104,9 @@ def drop_mask(monkeypatch):
 
 
 def drop_eps(monkeypatch):
-    honest = norm_ops.rmsnorm_forward
-    monkeypatch.setattr(tilewise, "rmsnorm_forward", lambda xp, x, gain, eps: honest(xp, x, gain, 0.0))
+    honest = norm_ops.inverse_rms
+    for module in (norm_ops, tilewise):
+        monkeypatch.setattr(module, "inverse_rms", lambda xp, x, eps: honest(xp, x, 0.0))
 
 
 def drop_scale(monkeypatch):
@@ -146,10 +147,15 @@ def let_one_copy_of_a_gradient_drift(monkeypatch):
     """By one bit in one number, on one rank, of what all have summed."""
     honest = collectives.all_gather_gradients
 
-    def drifting(comm, gradients, totals, tag):
-        honest(comm, gradients, totals, tag)
-        if comm.rank == comm.size - 1 and tag == Tag.MLP_GRADIENTS:
-            gradients[0, -1] = np.nextafter(gradients[0, -1], gradients.dtype.type(9))
+    def drifting(home, gradients, tied=False):
+        wait = honest(home, gradients, tied)
+
+        def finish():
+            wait()
+            if home.comm.rank == home.comm.size - 1 and home.tag == Tag.MLP_GRADIENTS:
+                gradients[0, -1] = np.nextafter(gradients[0, -1], gradients.dtype.type(9))
+
+        return finish
 
     for module in (sp, tp_sp):
         monkeypatch.setattr(module, "all_gather_gradients", drifting)
@@ -158,9 +164,14 @@ def let_one_copy_of_a_gradient_drift(monkeypatch):
 def leave_one_copy_of_a_gradient_at_zero(monkeypatch):
     honest = collectives.all_gather_gradients
 
-    def forgetful(comm, gradients, totals, tag):
-        honest(comm, gradients, totals, tag)
-        gradients *= comm.rank == 0 or tag != Tag.MLP_GRADIENTS
+    def forgetful(home, gradients, tied=False):
+        wait = honest(home, gradients, tied)
+
+        def finish():
+            wait()
+            gradients[...] *= home.comm.rank == 0 or home.tag != Tag.MLP_GRADIENTS
+
+        return finish
 
     monkeypatch.setattr(sp, "all_gather_gradients", forgetful)
 
@@ -355,8 +366,14 @@ def give_the_other_axis_to(collective):
             other[mesh.weights], other[mesh.tokens] = mesh.tokens, mesh.weights
             return mesh
 
+        def gather_along_the_other(home, *rest):
+            totals = home.finish()
+            home.finish, home.comm = lambda: totals, other[home.comm]
+            return honest(home, *rest)
+
         monkeypatch.setattr(strategy, "make_mesh", noted)
-        monkeypatch.setattr(tp_sp, collective, lambda axis, *rest: honest(other[axis], *rest))
+        monkeypatch.setattr(tp_sp, collective, gather_along_the_other if collective == "all_gather_gradients" else
+                            lambda axis, *rest: honest(other[axis], *rest))
 
     mutate.__name__ = collective
     return mutate

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from tsp_ref.ops import attention
-from tsp_ref.ops.attention import attend_backward, attend_forward, causal_mask, key_chunks
+from tsp_ref.ops.attention import attend_backward, attend_forward, causal_mask, key_chunks, strips
 from tsp_ref.ops.mlp import sigmoid, swiglu_backward, swiglu_forward
+from tsp_ref.ops.norm import rmsnorm_backward, rmsnorm_forward
+from tsp_ref.ops.rotary import rotary_backward, rotary_forward, rotary_table
 
 LENGTH, QUERIES_A_KEY, HEAD = 8, 2, 6
 
@@ -39,6 +41,22 @@ def test_attention_by_chunks_of_keys_is_attention_over_all_of_them(tiles, chunk_
     np.testing.assert_allclose(dk, dscores.swapaxes(-1, -2) @ q, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.parametrize("longest", [8, 4, 3, 2])
+def test_a_tile_by_strips_of_queries_is_the_whole_tile(longest, monkeypatch):
+    rows, keys = QUERIES_A_KEY * LENGTH, 3 * LENGTH
+    q, dheads, k, v = random(3, 2, rows, HEAD), random(3, 2, rows, HEAD) + 1, random(3, 2, keys, HEAD), \
+        random(3, 2, keys, HEAD) - 1
+    mask = causal_mask(np, LENGTH, "float64")
+    whole = attend_forward(np, q, k, v, mask)
+    whole_gradients = attend_backward(np, dheads, q, k, v, mask, *whole)
+    monkeypatch.setattr(attention, "STRIP", longest)
+    assert [strip.stop - strip.start for strip in strips(LENGTH)] == {8: [8], 4: [4, 4]}.get(longest, [2] * 4)
+    for found, wanted in zip(attend_forward(np, q, k, v, mask), whole):
+        np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-14)
+    for found, wanted in zip(attend_backward(np, dheads, q, k, v, mask, *whole), whole_gradients):
+        np.testing.assert_allclose(found, wanted, rtol=1e-11, atol=1e-13)
+
+
 def test_chunks_are_whole_tiles_that_cover_the_keys_in_order():
     q = np.zeros((1, 2, 256, 64), dtype=np.float32)
     for tiles in range(1, 9):
@@ -63,6 +81,28 @@ def test_swiglu_in_place_is_the_plain_one():
     np.testing.assert_allclose(out[0], np.einsum("bsi,bso->io", x, dprojected), rtol=1e-11)
     np.testing.assert_allclose(out[1], np.einsum("bsi,bso->io", silu * up, dy), rtol=1e-11)
     np.testing.assert_allclose(projected.reshape(2, 4, 14), x @ gate_up, rtol=1e-12)
+
+
+def test_the_norm_s_gradient_is_that_of_the_plain_form():
+    x, dy, gain = random(2, 4, 10), random(2, 4, 10) + 1, random(10)
+    y, inverse = rmsnorm_forward(np, x, gain, 1e-5)
+    dx, dgain = rmsnorm_backward(np, dy, x, gain, inverse)
+    unit, dunit = x * inverse, dy * gain
+    np.testing.assert_allclose(y, unit * gain, rtol=1e-13)
+    np.testing.assert_allclose(dx, (dunit - unit * (dunit * unit).mean(-1, keepdims=True)) * inverse, rtol=1e-11)
+    np.testing.assert_allclose(dgain, (dy * unit).sum((0, 1)), rtol=1e-11)
+
+
+def test_a_rotation_by_whole_rows_is_that_of_the_two_halves():
+    x, table = random(2, 3, 5, 8), rotary_table(np, 7, 5, 8, 100.0, "float64")
+    angles = np.arange(7, 12)[:, None] * 100.0 ** (-np.arange(4) / 4)
+    first, second = x[..., :4], x[..., 4:]
+    y = np.concatenate([first * np.cos(angles) - second * np.sin(angles),
+                        second * np.cos(angles) + first * np.sin(angles)], axis=-1)
+    np.testing.assert_allclose(rotary_forward(np, x, table), y, rtol=1e-12, atol=1e-14)
+    back = np.empty_like(x)
+    rotary_backward(np, y, table, out=back)
+    np.testing.assert_allclose(back, x, rtol=1e-12, atol=1e-14)
 
 
 def test_the_sigmoid_of_any_number_is_finite():

@@ -9,6 +9,7 @@ The letters in shape comments, here and everywhere:
     f  feed-forward size            L  layers                   V  vocabulary size
     n  keys that a tile of queries sees: all tokens up to the tile's last
     c  keys of a chunk of them
+    t  queries of a strip of a tile
     m  blocks at hand: those of one owner
 
 The words:

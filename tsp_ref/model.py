@@ -30,7 +30,7 @@ class Model:
                input and the output of an attention part), "full" (everything but the layers' inputs)
     memory, work, phase  the books, and the phase that is entered in them
     mask       [s, s], the causal mask of a tile against itself
-    rotary     slot -> [2, s, e/2], the angles of the positions in this rank's slots
+    rotary     slot -> [2, s, e], the angles of the positions in this rank's slots
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .activations import Saved
 from .arrays import Array, Tiles
 from .model import Model
-from .ops.norm import rmsnorm_backward, rmsnorm_forward
+from .ops.norm import inverse_rms, rmsnorm_backward, rmsnorm_forward
 from .parameters import Parameters
 from .tree import Tree
 
@@ -19,7 +19,7 @@ def normalise_backward(model: Model, dy: Tiles, x: Tiles, gain: Array, dgain: Ti
     """dx; each tile's gradient of the gain goes into row `row` of the tile's dgain [2L+1, h]."""
     dx: Tiles = {}
     for slot in model.grid.slots:
-        _, inverse = rmsnorm_forward(model.xp, x[slot], gain, model.config.norm_eps)
+        inverse = inverse_rms(model.xp, x[slot], model.config.norm_eps)
         dx[slot], dgain[slot][row] = rmsnorm_backward(model.xp, dy[slot], x[slot], gain, inverse)
     return dx
 

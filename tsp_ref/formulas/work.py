@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..config import Config
 from ..grid import Grid
+from ..ops.attention import strips
 
 
 def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool = False) -> dict[tuple[str, str], int]:
@@ -11,8 +12,10 @@ def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool
 
     A product of a token with a matrix of E elements costs 2·E forward and 4·E backward (for the token's gradient and
     for the matrix's). Attention multiplies each query with the n keys that its tile sees, masked ones of its own tile
-    included: scores and values, 2 products of 2·e·n forward; backward the scores again and four more. The embedding
-    forward is a lookup, its backward a product with a one-hot matrix; the head's backward computes the logits again.
+    included: scores and values, 2 products of 2·e·n forward; backward the scores again and four more. (A tile of
+    several strips of t queries is spared what the later strips' keys would cost the earlier: s·(s-t)/2 pairs.) The
+    embedding forward is a lookup, its backward a product with a one-hot matrix; the head's backward computes the logits
+    again.
     """
     blocks = config.blocks if folded else len(grid.blocks)
     tokens = config.batch_size * config.tile_len * len(grid.slots)
@@ -20,7 +23,9 @@ def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool
     key = config.kv_heads_per_block * config.head_dim
     query = config.group_size * key
     qkv, out, mlp = hidden * (query + 2 * key), query * hidden, 3 * hidden * config.ffn_size // config.blocks
-    pairs = config.batch_size * config.tile_len * sum(grid.visible(slot) for slot in grid.slots)
+    strip_len = strips(config.tile_len)[0].stop
+    spared = (config.tile_len - strip_len) // 2
+    pairs = config.batch_size * config.tile_len * sum(grid.visible(slot) - spared for slot in grid.slots)
     table = config.vocab_size // config.blocks * hidden
     attention, swiglu = tokens * (qkv + out) + 2 * pairs * query, tokens * mlp
     forward = {"attention": 2 * layers * blocks * attention, "mlp": 2 * layers * blocks * swiglu}

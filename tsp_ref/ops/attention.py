@@ -12,6 +12,9 @@ import math
 from ..arrays import Array, Namespace
 from .rotary import rotary_backward, rotary_forward
 
+STRIP = 256
+"""Queries of a strip, at most: fewer make the matrix products slower (chosen by measurement)."""
+
 CHUNK_BYTES = 512 * 1024
 """Of a chunk of scores: with its gradient it fits the second-level cache of most processors (chosen by measurement)."""
 
@@ -21,10 +24,10 @@ def qkv_forward(
 ) -> tuple[Array, Array, Array]:
     """Project a tile to the queries, keys and values of one block of heads, turned by their positions.
 
-    x [B, s, h], wqkv [h, (H+2K)/G·e], rotary [2, s, e/2] -> q [B, K/G, g·s, e], k and v [B, K/G, s, e].
+    x [B, s, h], wqkv [h, (H+2K)/G·e], rotary [2, s, e] -> q [B, K/G, g·s, e], k and v [B, K/G, s, e].
     """
     batch, length, _ = x.shape
-    head_dim = 2 * rotary.shape[-1]
+    head_dim = rotary.shape[-1]
     kv_heads = wqkv.shape[1] // (group_size + 2) // head_dim
     qkv = x.reshape(batch * length, -1) @ wqkv  # [B*s, h] -> [B*s, (H+2*K)/G*e]
     heads = qkv.reshape(batch, length, -1, head_dim).transpose(0, 2, 1, 3)  # -> [B, (H+2*K)/G, s, e]
@@ -58,78 +61,131 @@ def causal_mask(xp: Namespace, length: int, dtype: str) -> Array:
     return xp.triu(xp.full((length, length), -xp.inf, dtype=dtype), 1)  # [s, s]
 
 
-def attention_scores(xp: Namespace, q: Array, k: Array, mask: Array) -> Array:
-    """Scaled, masked scores of a tile's queries against all keys up to its last: [B, K/G, g·s, n].
-
-    Only the last s columns, the tile against itself, need the mask: all keys before the tile are visible.
-    """
-    head_dim = q.shape[-1]
-    scores = (q * head_dim**-0.5) @ k.swapaxes(-1, -2)  # [B, K/G, g*s, e] -> [B, K/G, g*s, n]
-    add_mask(scores, mask)
-    return scores
+def strips(length: int) -> list[slice]:
+    """A tile's queries cut in equal strips of at most STRIP: a strip needs no key after its last query, so that less of
+    a long tile is computed only to be masked."""
+    step = max(size for size in range(1, min(length, STRIP) + 1) if length % size == 0)
+    return [slice(first, first + step) for first in range(0, length, step)]
 
 
-def add_mask(scores: Array, mask: Array) -> None:
-    """Add the mask [s, s] to the last s columns of scores [B, K/G, g·s, n], in place: to those of each query head."""
-    batch, kv_heads, rows, _ = scores.shape
-    length = mask.shape[0]
-    scores.reshape(batch, kv_heads, rows // length, length, -1)[..., -length:] += mask
+def of_strip(x: Array, strip: slice, length: int) -> Array:
+    """The rows of x [B, K/G, g·s, ...] that belong to a strip of t queries, of each query head: [B, K/G, g, t, ...]."""
+    batch, kv_heads, _, width = x.shape
+    return x.reshape(batch, kv_heads, -1, length, width)[:, :, :, strip]
 
 
 def attend_forward(xp: Namespace, q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
-    """One softmax over all keys that a tile sees.
+    """The attention of a tile, strip by strip.
 
     q [B, K/G, g·s, e], k and v [B, K/G, n, e], mask [s, s] -> the heads' output [B, K/G, g·s, e] and the
     log-sum-exp of each query's scores [B, K/G, g·s, 1].
     """
-    probs = attention_scores(xp, q, k, mask)
-    largest = xp.max(probs, axis=-1, keepdims=True)  # [B, K/G, g*s, n] -> [B, K/G, g*s, 1]
-    probs -= largest
-    xp.exp(probs, out=probs)
-    total = xp.sum(probs, axis=-1, keepdims=True)  # [B, K/G, g*s, n] -> [B, K/G, g*s, 1]
-    heads = probs @ v  # [B, K/G, g*s, n] -> [B, K/G, g*s, e]
-    heads /= total
-    return heads, largest + xp.log(total)
+    length, (batch, kv_heads, rows, head_dim) = mask.shape[0], q.shape
+    heads = xp.empty_like(q)
+    logsumexp = xp.empty((batch, kv_heads, rows, 1), dtype=q.dtype)  # [B, K/G, g*s, 1]
+    for strip in strips(length):
+        seen = k.shape[2] - length + strip.stop
+        part = of_strip(q, strip, length)  # -> [B, K/G, g, t, e]
+        found, logsum = strip_forward(
+            xp, part.reshape(batch, kv_heads, -1, head_dim), k[:, :, :seen], v[:, :, :seen], mask[strip, strip])
+        of_strip(heads, strip, length)[...] = found.reshape(part.shape)
+        of_strip(logsumexp, strip, length)[...] = logsum.reshape(*part.shape[:-1], 1)
+    return heads, logsumexp
 
 
 def attend_backward(
     xp: Namespace, dheads: Array, q: Array, k: Array, v: Array, mask: Array, heads: Array, logsumexp: Array
 ) -> tuple[Array, Array]:
-    """The softmax is recomputed from its log-sum-exp, so no [g·s, n] array is ever kept, nor made: the work goes by
+    """dheads [B, K/G, g·s, e] -> dq [B, K/G, g·s, e] and, stacked, dk and dv [2, B, K/G, n, e]."""
+    length, (batch, kv_heads, *_) = mask.shape[0], q.shape
+    dq = xp.empty_like(q)
+    dkv: Array | None = None
+    for strip in reversed(strips(length)):  # the last sees all keys
+        seen = k.shape[2] - length + strip.stop
+        parts = [of_strip(x, strip, length) for x in (dheads, q, heads, logsumexp)]
+        dheads_part, q_part, heads_part, logsum = (part.reshape(batch, kv_heads, -1, part.shape[-1]) for part in parts)
+        dq_part, dkv_part = strip_backward(
+            xp, dheads_part, q_part, k[:, :, :seen], v[:, :, :seen], mask[strip, strip], heads_part, logsum)
+        of_strip(dq, strip, length)[...] = dq_part.reshape(parts[1].shape)
+        if dkv is None:
+            dkv = dkv_part
+        else:
+            dkv[:, :, :, :seen] += dkv_part
+    assert dkv is not None, "a tile has at least one strip"
+    return dq, dkv
+
+
+def attention_scores(xp: Namespace, q: Array, k: Array, mask: Array) -> Array:
+    """Scaled, masked scores of a strip's queries against all keys up to its last: [B, K/G, g·t, n].
+
+    Only the last t columns, the strip against itself, need the mask: all keys before the strip are visible.
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)  # [B, K/G, g*t, e] -> [B, K/G, g*t, n]
+    add_mask(scores, mask)
+    return scores
+
+
+def add_mask(scores: Array, mask: Array) -> None:
+    """Add the mask [t, t] to the last t columns of scores [B, K/G, g·t, n], in place: to those of each query head."""
+    batch, kv_heads, rows, _ = scores.shape
+    length = mask.shape[0]
+    scores.reshape(batch, kv_heads, rows // length, length, -1)[..., -length:] += mask
+
+
+def strip_forward(xp: Namespace, q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
+    """One softmax over all keys that a strip sees.
+
+    q [B, K/G, g·t, e], k and v [B, K/G, n, e], mask [t, t] -> the heads' output [B, K/G, g·t, e] and the
+    log-sum-exp of each query's scores [B, K/G, g·t, 1].
+    """
+    probs = attention_scores(xp, q, k, mask)
+    largest = xp.max(probs, axis=-1, keepdims=True)  # [B, K/G, g*t, n] -> [B, K/G, g*t, 1]
+    probs -= largest
+    xp.exp(probs, out=probs)
+    total = xp.sum(probs, axis=-1, keepdims=True)  # [B, K/G, g*t, n] -> [B, K/G, g*t, 1]
+    heads = probs @ v  # [B, K/G, g*t, n] -> [B, K/G, g*t, e]
+    heads /= total
+    return heads, largest + xp.log(total)
+
+
+def strip_backward(
+    xp: Namespace, dheads: Array, q: Array, k: Array, v: Array, mask: Array, heads: Array, logsumexp: Array
+) -> tuple[Array, Array]:
+    """The softmax is recomputed from its log-sum-exp, so no [g·t, n] array is ever kept, nor made: the work goes by
     chunks of keys that fit the cache. The plain form, with p the softmax, and all of it at once:
 
         dv = pᵀ dheads,  dscores = p * (dheads vᵀ - rows of <dheads, heads>) / √e,  dq = dscores k,  dk = dscoresᵀ q
 
-    dheads [B, K/G, g·s, e] -> dq [B, K/G, g·s, e] and, stacked, dk and dv [2, B, K/G, n, e].
+    dheads [B, K/G, g·t, e] -> dq [B, K/G, g·t, e] and, stacked, dk and dv [2, B, K/G, n, e].
     """
     scale = q.shape[-1] ** -0.5
     scaled = q * scale
     # A softmax passes on only what differs from the weighted mean of its gradient, which is <dheads, heads>.
-    mean = xp.sum(dheads * heads, axis=-1, keepdims=True)  # [B, K/G, g*s, e] -> [B, K/G, g*s, 1]
+    mean = xp.sum(dheads * heads, axis=-1, keepdims=True)  # [B, K/G, g*t, e] -> [B, K/G, g*t, 1]
     dkv = xp.empty((2, *k.shape), dtype=k.dtype)  # [2, B, K/G, n, e]
     dq = xp.zeros_like(q)
     for keys in key_chunks(q, k.shape[2], mask.shape[0]):
         chunk_k, chunk_v = k[:, :, keys], v[:, :, keys]  # -> [B, K/G, c, e], [B, K/G, c, e]
-        probs = scaled @ chunk_k.swapaxes(-1, -2)  # [B, K/G, g*s, e] -> [B, K/G, g*s, c]
+        probs = scaled @ chunk_k.swapaxes(-1, -2)  # [B, K/G, g*t, e] -> [B, K/G, g*t, c]
         if keys.stop == k.shape[2]:
             add_mask(probs, mask)
         probs -= logsumexp
         xp.exp(probs, out=probs)
         xp.matmul(probs.swapaxes(-1, -2), dheads, out=dkv[1][:, :, keys])
-        dscores = dheads @ chunk_v.swapaxes(-1, -2)  # [B, K/G, g*s, e] -> [B, K/G, g*s, c]
+        dscores = dheads @ chunk_v.swapaxes(-1, -2)  # [B, K/G, g*t, e] -> [B, K/G, g*t, c]
         dscores -= mean
         dscores *= probs
         xp.matmul(dscores.swapaxes(-1, -2), scaled, out=dkv[0][:, :, keys])
-        dq += dscores @ chunk_k  # [B, K/G, g*s, c] -> [B, K/G, g*s, e]
+        dq += dscores @ chunk_k  # [B, K/G, g*t, c] -> [B, K/G, g*t, e]
     dq *= scale
     return dq, dkv
 
 
 def key_chunks(q: Array, count: int, length: int) -> list[slice]:
-    """The keys 0..count-1 cut in chunks of whole tiles of `length`, whose scores for q [B, K/G, g·s, e] take about
-    CHUNK_BYTES; the last chunk holds the tile that the mask is for."""
-    tile_bytes = math.prod(q.shape[:3]) * length * q.dtype.itemsize
-    step = length * max(1, CHUNK_BYTES // tile_bytes)
+    """The keys 0..count-1 cut in chunks of whole strips of `length`, whose scores for q [B, K/G, g·t, e] take about
+    CHUNK_BYTES; the last chunk holds the strip that the mask is for."""
+    strip_bytes = math.prod(q.shape[:3]) * length * q.dtype.itemsize
+    step = length * max(1, CHUNK_BYTES // strip_bytes)
     return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 

@@ -5,21 +5,36 @@ from __future__ import annotations
 from ..arrays import Array, Namespace
 
 
+def inverse_rms(xp: Namespace, x: Array, eps: float) -> Array:
+    """The inverse root mean square of each token: x [B, s, h] -> [B, s, 1], in x's dtype."""
+    mean_square = xp.mean(x * x, axis=-1, keepdims=True)  # [B, s, h] -> [B, s, 1]
+    return 1.0 / xp.sqrt(mean_square + eps)
+
+
 def rmsnorm_forward(xp: Namespace, x: Array, gain: Array, eps: float) -> tuple[Array, Array]:
     """Scale each token to mean square one, then by the gain.
 
     x [B, s, h], gain [h] -> the result [B, s, h] and the inverse root mean squares [B, s, 1], in x's dtype.
     """
-    mean_square = xp.mean(x * x, axis=-1, keepdims=True)  # [B, s, h] -> [B, s, 1]
-    inverse = 1.0 / xp.sqrt(mean_square + eps)
-    return x * inverse * gain, inverse
+    inverse = inverse_rms(xp, x, eps)
+    y = x * inverse
+    y *= gain
+    return y, inverse
 
 
 def rmsnorm_backward(xp: Namespace, dy: Array, x: Array, gain: Array, inverse: Array) -> tuple[Array, Array]:
-    """dy [B, s, h] -> dx [B, s, h] and dgain [h]; `inverse` is what the forward returned."""
+    """dy [B, s, h] -> dx [B, s, h] and dgain [h]; `inverse` is what the forward returned.
+
+    The plain form: dx = (dunit - unit · mean(dunit · unit)) · inverse, with unit = x · inverse and dunit = dy · gain.
+    """
     unit = x * inverse
-    dgain = xp.sum(dy * unit, axis=(0, 1))  # [B, s, h] -> [h]
-    dunit = dy * gain
+    product = dy * unit
+    dgain = xp.sum(product, axis=(0, 1))  # [B, s, h] -> [h]
+    product *= gain
     # The scale depends on x too: that part of the gradient lies along x, and is what keeps the mean square at one.
-    along = xp.mean(dunit * unit, axis=-1, keepdims=True)  # [B, s, h] -> [B, s, 1]
-    return (dunit - unit * along) * inverse, dgain
+    along = xp.mean(product, axis=-1, keepdims=True)  # [B, s, h] -> [B, s, 1]
+    dx = dy * gain
+    unit *= along
+    dx -= unit
+    dx *= inverse
+    return dx, dgain

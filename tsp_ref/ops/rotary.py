@@ -1,5 +1,9 @@
 """Rotary position embedding (arXiv 2104.09864), in the half-split convention of Llama checkpoints: entry i of a head is
-turned together with entry i + e/2."""
+turned together with entry i + e/2.
+
+The plain form, for the two halves of a head: y1 = x1 cos - x2 sin and y2 = x2 cos + x1 sin. It is computed as
+x · [cos, cos] + [x2, x1] · [-sin, sin], in whole rows: halves of a row are short, and every row of an operation costs.
+"""
 
 from __future__ import annotations
 
@@ -7,28 +11,31 @@ from ..arrays import Array, Namespace
 
 
 def rotary_table(xp: Namespace, first: int, length: int, head_dim: int, theta: float, dtype: str) -> Array:
-    """Cosines and sines of the angles position · theta^(-2i/e): [2, s, e/2] for the positions from `first` on."""
+    """[cos, cos] and [-sin, sin] of the angles position · theta^(-2i/e), [2, s, e], from position `first` on."""
     positions = xp.arange(first, first + length, dtype=dtype)  # [s]
     exponents = xp.arange(0, head_dim, 2, dtype=dtype) / head_dim  # [e/2]
     angles = positions[:, None] * (theta ** -exponents)[None, :]  # [s, e/2]
-    return xp.stack([xp.cos(angles), xp.sin(angles)])  # [2, s, e/2]
+    cos, sin = xp.cos(angles), xp.sin(angles)  # -> [s, e/2], [s, e/2]
+    table = xp.empty((2, length, head_dim), dtype=dtype)  # [2, s, e]
+    half = head_dim // 2
+    table[0, :, :half], table[0, :, half:] = cos, cos
+    table[1, :, :half], table[1, :, half:] = -sin, sin
+    return table
+
+
+def halves_swapped(x: Array) -> Array:
+    """[x1, x2] -> [x2, x1], as a view [..., s, 2, e/2] of x [..., s, e]."""
+    return x.reshape(*x.shape[:-1], 2, -1)[..., ::-1, :]
 
 
 def rotary_forward(xp: Namespace, x: Array, table: Array) -> Array:
     """Turn each pair of x [..., s, e] by its position's angle."""
-    cos, sin = table[0], table[1]
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    y = xp.empty(x.shape, dtype=x.dtype)
-    y[..., :half] = first * cos - second * sin
-    y[..., half:] = second * cos + first * sin
+    y = x * table[0]
+    y += (halves_swapped(x) * table[1].reshape(x.shape[-2], 2, -1)).reshape(x.shape)
     return y
 
 
 def rotary_backward(xp: Namespace, dy: Array, table: Array, out: Array) -> None:
     """A rotation's gradient is the rotation back; written into `out`, where the other gradients of a tile lie."""
-    cos, sin = table[0], table[1]
-    half = dy.shape[-1] // 2
-    first, second = dy[..., :half], dy[..., half:]
-    out[..., :half] = first * cos + second * sin
-    out[..., half:] = second * cos - first * sin
+    xp.multiply(dy, table[0], out=out)
+    out -= (halves_swapped(dy) * table[1].reshape(dy.shape[-2], 2, -1)).reshape(dy.shape)

@@ -98,7 +98,10 @@ class Coming:
         self.phase = comm.phase  # the books' entry for all its messages, whenever they are posted
         self.own = model.grid.blocks
         self.order = order
-        self.asked_for = deque((block, source(owner)) for owner, block in order if owner != comm.rank)
+        self.first_of = {owner: model.grid.blocks_of(owner).start for owner, _ in order}
+        self.asked_for = deque((owner, block) for owner, block in order if owner != comm.rank)
+        self.source = source
+        self.round = -1  # of the latest block that was asked for
         self.sent = deque(sent)
         self.here = dict(zip(model.grid.blocks, shard))
         self.under_way: deque[tuple[int, Request]] = deque()
@@ -110,13 +113,20 @@ class Coming:
         """Irecv into every buffer that is free, or only the `first` blocks; Isend what is here and due."""
         with self.comm.counting(self.phase):
             while self.free and self.asked_for and len(self.under_way) != first:
-                block, source = self.asked_for.popleft()
-                self.under_way.append((block, self.comm.Irecv(self.free.popleft(), source, self.tag)))
+                owner, block = self.asked_for.popleft()
+                self.round = block - self.first_of[owner]
+                self.under_way.append((block, self.comm.Irecv(self.free.popleft(), self.source(owner), self.tag)))
             while self.under_way and self.comm.is_here(self.under_way[0][1]):
                 self._receive()
-            while self.sent and self.sent[0][0] in self.here:
+            while self.sent and self._is_due(self.sent[0][0]):
                 block, peer = self.sent.popleft()
                 self.leaving.setdefault(block, []).append(self.comm.Isend(self.here[block], peer, self.tag))
+
+    def _is_due(self, block: int) -> bool:
+        """Whether to send a block now: if it is here; this rank's own not before it asks for those of the same round.
+        What is sent before its receiver asks for it may be on the link before what is needed sooner."""
+        asked_for = self.all_posted or block - self.own.start <= self.round
+        return block in self.here and (asked_for or block not in self.own)
 
     @property
     def all_posted(self) -> bool:
