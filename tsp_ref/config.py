@@ -148,8 +148,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "7b": dict(vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, ffn_size=16384,
                seq_len=16384, blocks=32, tiles=64, batch_size=1),
 }
-"""`tiny` runs in seconds, `small` is the default, `bench` is for timing (few and large tiles, for speed on few ranks; at
-most 4 ranks), `7b` for planning: the paper's layers."""
+"""`tiny` runs in seconds, `small` is the default, `bench` is for timing on few ranks (few, large tiles are fast; there
+are enough for 4 ranks), `7b` for planning: the paper's layers."""
 
 PLANNING_ONLY = ("7b",)
 
