@@ -1,16 +1,19 @@
 """Runs tests that take a `comm` on N real ranks.
 
 Such a test is collected once for each N (1, 2, 3, 4, 8, or those that `@pytest.mark.ranks` names). All tests of one N
-run in one job, started when the first of them is due. A test that fails, or hangs, ends its job and is blamed; another
-job runs the rest. The run ends by saying how many tests ran at which N.
+run in one job. The jobs run one after another, from the start, beside the tests that pytest itself runs; pytest asks
+for each test's outcome when its turn has come. A test that fails, or hangs, ends its job and is blamed; another job
+runs the rest. The run ends by saying how many tests ran at which N.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+import threading
 import time
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     for item in session.items:
         if _size(item, "comm") is not None:
             session.config.stash[JOBS].add(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session: pytest.Session) -> Any:
+    jobs = session.config.stash[JOBS]
+    if not session.config.option.collectonly and not session.testsfailed:
+        jobs.begin()
+    try:
+        return (yield)
+    finally:
+        jobs.end()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -77,12 +91,14 @@ def _size(item: pytest.Item, name: str) -> int | None:
 
 
 class Jobs:
-    """The tests of each N, and their failures once their job has run."""
+    """The tests of each N, and the job, in a thread beside pytest's own, that runs them."""
 
     def __init__(self) -> None:
         self.tests: dict[int, list[dict[str, Any]]] = {}
-        self.failures: dict[int, dict[str, str | None]] = {}
         self.outcomes: Counter[tuple[int, str]] = Counter()
+        self._results: dict[int, Future[dict[str, str | None]]] = {}
+        self._stopped = threading.Event()
+        self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mpi-jobs")
 
     def add(self, item: pytest.Function) -> None:
         """Note a test for the job of its N."""
@@ -91,20 +107,31 @@ class Jobs:
         tests.append({"id": item.nodeid, "number": len(tests), "module": item.module.__name__,
                       "function": item.originalname, "parameters": parameters})
 
+    def begin(self) -> None:
+        """Start to run all tests, N after N."""
+        for size, tests in sorted(self.tests.items()):
+            self._results[size] = self._beside.submit(run_tests, size, tests, self._stopped)
+
     def failure_of(self, item: pytest.Function) -> str | None:
-        """None if the test passed on all ranks. Runs the whole job of its N at the first question."""
-        size = item.callspec.params["comm"]
-        if size not in self.failures:
-            self.failures[size] = run_tests(size, self.tests[size])
-        return self.failures[size][item.nodeid]
+        """None if the test passed on all ranks. Waits for the whole job of its N."""
+        return self.results_of(item.callspec.params["comm"])[item.nodeid]
+
+    def results_of(self, size: int) -> dict[str, str | None]:
+        """The failure, or None, of each test of one N. Waits for the job."""
+        return self._results[size].result()
+
+    def end(self) -> None:
+        """Leave nothing running, whether all is done or pytest stops early."""
+        self._stopped.set()
+        self._beside.shutdown(cancel_futures=True)
 
 
-def run_tests(size: int, tests: list[dict[str, Any]]) -> dict[str, str | None]:
-    """The failure, or None, of each test: one job after another until every test has run."""
+def run_tests(size: int, tests: list[dict[str, Any]], stopped: threading.Event) -> dict[str, str | None]:
+    """The failure, or None, of each test: one job after another until every test has run, or all are to stop."""
     failures: dict[str, str | None] = {}
     with tempfile.TemporaryDirectory() as folder:
-        while tests:
-            passed, failure = run_job(size, tests, Path(folder))
+        while tests and not stopped.is_set():
+            passed, failure = run_job(size, tests, Path(folder), stopped)
             failures.update({test["id"]: None for test in tests[:passed]})
             if passed < len(tests):
                 failures[tests[passed]["id"]] = failure
@@ -112,15 +139,14 @@ def run_tests(size: int, tests: list[dict[str, Any]]) -> dict[str, str | None]:
     return failures
 
 
-def run_job(size: int, tests: list[dict[str, Any]], folder: Path) -> tuple[int, str]:
+def run_job(size: int, tests: list[dict[str, Any]], folder: Path, stopped: threading.Event) -> tuple[int, str]:
     """How many tests passed, in order, before the job ended; and what the next one, if any, failed with."""
     job_file = folder / "job.json"
     job_file.write_text(json.dumps({"results": str(folder), "tests": tests}))
     job = launcher.begin(size, str(launcher.ROOT / "mpi_tests" / "worker.py"), str(job_file))
     passed, since, hung = 0, time.monotonic(), False
     try:
-        while job.poll() is None and not hung:
-            time.sleep(0.02)
+        while job.poll() is None and not hung and not stopped.wait(0.02):
             now = _count_passed(tests, folder)
             if now > passed:
                 passed, since = now, time.monotonic()

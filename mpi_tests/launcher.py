@@ -15,6 +15,10 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TEXT = ("--text", "README.md")  # for commands whose text does not matter: the standard library takes long to read
+
+# As it is before any test: jobs are started beside tests that change it for themselves.
+BEFORE = dict(os.environ)
 
 # What Open MPI needs to start more ranks than cores, as root too; MPICH ignores all of it.
 OPEN_MPI = {
@@ -58,7 +62,7 @@ def vendor() -> str:
 
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a job."""
-    return os.environ | OPEN_MPI | extra
+    return BEFORE | OPEN_MPI | extra
 
 
 def begin(n: int, *arguments: str, **extra: str) -> subprocess.Popen[bytes]:

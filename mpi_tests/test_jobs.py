@@ -1,4 +1,9 @@
-"""The jobs that run MPI tests: a test that fails is blamed, on whatever ranks it fails, and the others run."""
+"""The jobs that run MPI tests: a test that fails is blamed, on whatever ranks it fails, the others run, and all end."""
+
+import os
+import threading
+import time
+from pathlib import Path
 
 import conftest
 import numpy as np
@@ -26,12 +31,36 @@ def leaving_a_message(comm):
     comm.Isend(np.zeros(1), (comm.rank + 1) % comm.size, 1)
 
 
-@pytest.mark.ranks(2, 4)
+def waiting_for_ever(comm, folder):
+    """A test that says which process runs it, and never ends."""
+    (Path(folder) / f"{os.getpid()}").touch()
+    comm.Wait(comm.Irecv(np.zeros(1), (comm.rank + 1) % comm.size, 1))
+
+
+def job_of(*functions, **parameters):
+    """What a job is told of some tests."""
+    return [{"id": number, "number": number, "module": __name__, "function": function.__name__,
+             "parameters": parameters} for number, function in enumerate(functions)]
+
+
+@pytest.mark.ranks(4)
 def test_tests_that_fail_are_blamed_and_no_others(n):
-    functions = [passing, failing_everywhere, failing_everywhere, passing, failing_on_the_last, leaving_a_message]
-    tests = [{"id": number, "number": number, "module": __name__, "function": function.__name__, "parameters": {}}
-             for number, function in enumerate(functions)]
-    failures = conftest.run_tests(n, tests)
+    tests = job_of(passing, failing_everywhere, failing_everywhere, passing, failing_on_the_last, leaving_a_message)
+    failures = conftest.run_tests(n, tests, threading.Event())
     assert {number for number, failure in failures.items() if failure is None} == {0, 3}
     assert all(f"of {n}:\n" in failures[number] and "on purpose" in failures[number] for number in (1, 2, 4))
     assert "MessageError" in failures[5]
+
+
+@pytest.mark.ranks(2)
+def test_a_job_ends_when_pytest_stops_before_it(n, tmp_path):
+    jobs = conftest.Jobs()
+    jobs.tests = {n: job_of(waiting_for_ever, folder=str(tmp_path)), 4: tests_of(passing)}
+    jobs.begin()
+    while len(list(tmp_path.iterdir())) < n:
+        time.sleep(0.05)
+    jobs.end()
+    assert "no end after" not in jobs.results_of(n)[0]
+    for process in tmp_path.iterdir():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(process.name), 0)

@@ -1,8 +1,12 @@
 """Every lesson runs, at several N, on real and on virtual ranks, and its checks hold; a wrong answer to one fails."""
 
+import contextlib
+import io
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from answers import OVERLAP, RIGHT, RING, TRACE, WRONG
@@ -10,6 +14,7 @@ from lanes import read_trace
 from launcher import ROOT, Ended, environment, mpirun
 
 LESSONS = sorted(path.name for path in (ROOT / "lessons").glob("[0-9][0-9]_*.py"))
+ABOUT_TIME = [OVERLAP, RING, TRACE]
 
 
 def path_of(lesson):
@@ -39,15 +44,25 @@ def check_failed(ended, fails):
         assert f"holds  {begin}" not in ended.output
 
 
-@pytest.mark.parametrize("lesson", LESSONS)
+@pytest.mark.parametrize("lesson", [lesson for lesson in LESSONS if lesson not in ABOUT_TIME])
 @pytest.mark.ranks(1, 2, 4)
-def test_a_lesson_s_checks_hold(n, lesson):
-    check_held(mpirun(n, path_of(lesson)))
+def test_a_lesson_s_checks_hold(comm, lesson):
+    """As `mpirun -n N python lessons/...`, but one job starts the N processes for all lessons."""
+    path = str(ROOT / path_of(lesson))
+    with (mock.patch.object(sys, "argv", [path]), mock.patch.object(sys, "path", [str(ROOT / "lessons"), *sys.path]),
+          contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as ended):
+        runpy.run_path(path, run_name="__main__")
+    assert ended.value.code == 0, output.getvalue()
+    if comm.rank == 0:
+        check_held(Ended(0, output.getvalue(), "", 0.0))
+    else:
+        assert output.getvalue() == ""
 
 
-@pytest.mark.parametrize("lesson", [OVERLAP, RING, TRACE])
-@pytest.mark.ranks(8)
-def test_a_lesson_about_time_holds_where_ranks_share_cores(n, lesson):
+@pytest.mark.parametrize("lesson", ABOUT_TIME)
+@pytest.mark.ranks(1, 2, 4, 8)
+def test_the_checks_of_a_lesson_about_time_hold(n, lesson):
+    """Eight ranks share cores on most machines. A process each, which nothing else has slowed down or warmed up."""
     check_held(mpirun(n, path_of(lesson)))
 
 

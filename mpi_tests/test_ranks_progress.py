@@ -15,7 +15,7 @@ from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 
 SCHEDULES = ("tp", "sp", "tp+sp", "tsp")
-CONFIG = case_config("grouped-query", "float32", num_layers=1, hidden_size=32, batch_size=1)
+CONFIG = case_config("grouped-query", "float32", num_layers=1, hidden_size=32, batch_size=1, tiles=8)
 
 
 class RandomDelays(Link):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cases import case_config
 from lanes import check_all, check_own, read_trace, recorded_step
-from launcher import mpirun
+from launcher import TEXT, mpirun
 
 from tsp_ref.comm.control import from_root
 from tsp_ref.comm.link import Link
@@ -70,7 +70,7 @@ def test_a_message_is_complete_when_somebody_notices(comm, progress):
 
 @pytest.mark.ranks(2, 4)
 def test_train_draws_its_last_step_and_prints_the_same_digest(n, tmp_path):
-    command = ("-m", "tsp_ref", "train", "--preset", "tiny", "--steps", "2", "--digest")
+    command = ("-m", "tsp_ref", "train", "--preset", "tiny", "--steps", "2", "--digest", *TEXT)
     plain = mpirun(n, *command)
     files = tmp_path / "step.json", tmp_path / "step.svg"
     drawn = mpirun(n, *command, "--timeline", "--trace", str(files[0]), "--svg", str(files[1]))
@@ -83,7 +83,7 @@ def test_train_draws_its_last_step_and_prints_the_same_digest(n, tmp_path):
 
 @pytest.mark.ranks(2)
 def test_a_file_that_cannot_be_written_is_refused_once(n):
-    ended = mpirun(n, "-m", "tsp_ref", "train", "--preset", "tiny", "--trace", "/no/such/folder/a.json")
+    ended = mpirun(n, "-m", "tsp_ref", "train", "--preset", "tiny", *TEXT, "--trace", "/no/such/folder/a.json")
     assert ended.code == 2
     assert ended.errors.splitlines()[-1] == (
         "error: on rank 0: --trace /no/such/folder/a.json cannot be written: No such file or directory")

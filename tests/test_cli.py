@@ -11,7 +11,7 @@ from tsp_ref import threads
 from tsp_ref.cli import main
 from tsp_ref.errors import UserError
 
-TINY = ["train", "--preset", "tiny", "--steps", "3"]
+TINY = ["train", "--preset", "tiny", "--steps", "3", "--text", __file__]
 
 
 def digest(capsys, *arguments):
@@ -38,7 +38,7 @@ def test_virtual_ranks_in_any_order_print_the_single_process_s_digest(capsys):
 
 
 def test_verify_prints_a_verdict_for_each_tensor(capsys):
-    assert main(["verify", "--ranks", "3", "--steps", "1"]) == 0
+    assert main(["verify", "--ranks", "3", "--steps", "1", "--text", __file__]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "EQUAL, every bit: 86 tensors, 3 ranks against one process, 1 step"
     assert sum(line.startswith("equal ") for line in lines) == 86
@@ -64,7 +64,8 @@ def test_a_run_on_text_of_one_s_own_learns_it(capsys, tmp_path):
     (folder / "a.txt").write_bytes(b"abcd" * 2000)
     assert main([*TINY, "--text", str(folder), "--ranks", "2"]) == 0
     assert f"text: {folder}, 7,600 bytes to learn, 400 held out" in capsys.readouterr().out.replace("\n", " ")
-    assert main([*TINY, "--steps", "25", "--text", str(folder / "a.txt")]) == 0
+    small = ["--set", "num_layers=1", "blocks=4", "tiles=4"]
+    assert main([*TINY, *small, "--steps", "25", "--text", str(folder / "a.txt")]) == 0
     first, last = re.search(r"training loss ([\d.]+) -> ([\d.]+)", capsys.readouterr().out).groups()
     assert float(first) > 5 and float(last) < 1
 

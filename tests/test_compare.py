@@ -8,7 +8,8 @@ from tsp_ref.cli import main
 
 FIELDS = {"schedule", "mesh", "digest", "model_state_bytes", "activation_bytes", "peak_bytes", "forward_bytes_sent",
           "backward_bytes_sent", "messages", "balance", "step_seconds"}
-SMALL = ["--preset", "tiny", "--set", "num_layers=1", "hidden_size=32", "ffn_size=48", "--steps", "1"]
+SMALL = ["--preset", "tiny", "--set", "num_layers=1", "hidden_size=32", "ffn_size=48", "tiles=8", "--steps", "1",
+         "--text", __file__]
 
 
 @pytest.fixture(scope="module")
@@ -88,5 +89,5 @@ def test_one_wrong_bit_is_a_failure(monkeypatch, capsys):
 
 def test_a_run_that_does_not_stay_finite_is_refused_by_all_ranks(capsys):
     wild = ["--set", "learning_rate=1e30", "warmup_steps=0", "--steps", "3"]
-    assert main(["compare", "--ranks", "2", "--preset", "tiny", *wild]) == 2
+    assert main(["compare", "--ranks", "2", "--preset", "tiny", "--text", __file__, *wild]) == 2
     assert "is not finite: lower learning_rate" in capsys.readouterr().err

@@ -31,7 +31,8 @@ class WatchedNumpy:
 
 def float32_run(comm, schedule):
     """Two training steps and a validation on watched arrays."""
-    training = Training(case_config("grouped-query", "float32"), comm, Plan(schedule), random_text(), WatchedNumpy())
+    config = case_config("grouped-query", "float32", tiles=8)
+    training = Training(config, comm, Plan(schedule), random_text(), WatchedNumpy())
     for _ in range(2):
         training.step()
     training.validate()
