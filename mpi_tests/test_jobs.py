@@ -55,7 +55,7 @@ def test_tests_that_fail_are_blamed_and_no_others(n):
 @pytest.mark.ranks(2)
 def test_a_job_ends_when_pytest_stops_before_it(n, tmp_path):
     jobs = conftest.Jobs()
-    jobs.tests = {n: job_of(waiting_for_ever, folder=str(tmp_path)), 4: tests_of(passing)}
+    jobs.tests = {n: job_of(waiting_for_ever, folder=str(tmp_path)), 4: job_of(passing)}
     jobs.begin()
     while len(list(tmp_path.iterdir())) < n:
         time.sleep(0.05)
