@@ -35,7 +35,8 @@ def rotary_forward(xp: Namespace, x: Array, table: Array) -> Array:
     return y
 
 
-def rotary_backward(xp: Namespace, dy: Array, table: Array, out: Array) -> None:
-    """A rotation's gradient is the rotation back; written into `out`, where the other gradients of a tile lie."""
-    xp.multiply(dy, table[0], out=out)
-    out -= (halves_swapped(dy) * table[1].reshape(dy.shape[-2], 2, -1)).reshape(dy.shape)
+def rotary_backward(xp: Namespace, dy: Array, table: Array, out: Array | None = None) -> Array:
+    """A rotation's gradient is the rotation back; written into `out`, if given, where a tile's other gradients lie."""
+    dx = xp.multiply(dy, table[0], out=out)
+    dx -= (halves_swapped(dy) * table[1].reshape(dy.shape[-2], 2, -1)).reshape(dy.shape)
+    return dx
