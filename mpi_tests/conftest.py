@@ -96,7 +96,7 @@ class Jobs:
     def __init__(self) -> None:
         self.tests: dict[int, list[dict[str, Any]]] = {}
         self.outcomes: Counter[tuple[int, str]] = Counter()
-        self._results: dict[int, Future[dict[str, str | None]]] = {}
+        self.results: dict[int, Future[dict[str, str | None]]] = {}
         self._stopped = threading.Event()
         self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mpi-jobs")
 
@@ -110,15 +110,11 @@ class Jobs:
     def begin(self) -> None:
         """Start to run all tests, N after N."""
         for size, tests in sorted(self.tests.items()):
-            self._results[size] = self._beside.submit(run_tests, size, tests, self._stopped)
+            self.results[size] = self._beside.submit(run_tests, size, tests, self._stopped)
 
     def failure_of(self, item: pytest.Function) -> str | None:
         """None if the test passed on all ranks. Waits for the whole job of its N."""
-        return self.results_of(item.callspec.params["comm"])[item.nodeid]
-
-    def results_of(self, size: int) -> dict[str, str | None]:
-        """The failure, or None, of each test of one N. Waits for the job."""
-        return self._results[size].result()
+        return self.results[item.callspec.params["comm"]].result()[item.nodeid]
 
     def end(self) -> None:
         """Leave nothing running, whether all is done or pytest stops early."""

@@ -67,10 +67,13 @@ def test_a_job_ends_when_pytest_stops_before_it(n, tmp_path):
     jobs = conftest.Jobs()
     jobs.tests = {n: job_of(waiting_for_ever, folder=str(tmp_path)), 4: job_of(passing)}
     jobs.begin()
-    while len(list(tmp_path.iterdir())) < n:
-        time.sleep(0.05)
-    jobs.end()
-    assert "no end after" not in jobs.results_of(n)[0]
+    try:
+        while len(list(tmp_path.iterdir())) < n:
+            assert not jobs.results[n].done(), jobs.results[n].result()
+            time.sleep(0.05)
+    finally:
+        jobs.end()
+    assert "no end after" not in jobs.results[n].result()[0]
     deadline = time.monotonic() + 10  # a launcher may be gone before the last of its ranks
     while left := [process.name for process in tmp_path.iterdir() if is_running(int(process.name))]:
         assert time.monotonic() < deadline, left

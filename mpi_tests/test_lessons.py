@@ -21,11 +21,14 @@ def path_of(lesson):
     return str(Path("lessons") / lesson)
 
 
-def virtually(*arguments):
-    """Run one process."""
-    ended = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True,
-                           timeout=120)
-    return Ended(ended.returncode, ended.stdout, ended.stderr, 0.0)
+def called(path, *arguments):
+    """Run a lesson inside this process, as `python path arguments...` does in one of its own. What it says of an error
+    goes where this process's errors go."""
+    search = [str(ROOT / "lessons"), *sys.path]
+    with (mock.patch.object(sys, "argv", [path, *arguments]), mock.patch.object(sys, "path", search),
+          contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as ended):
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+    return Ended(ended.value.code, output.getvalue(), "", 0.0)
 
 
 def check_held(ended):
@@ -48,15 +51,11 @@ def check_failed(ended, fails):
 @pytest.mark.ranks(1, 2, 4)
 def test_a_lesson_s_checks_hold(comm, lesson):
     """As `mpirun -n N python lessons/...`, but one job starts the N processes for all lessons."""
-    path = str(ROOT / path_of(lesson))
-    with (mock.patch.object(sys, "argv", [path]), mock.patch.object(sys, "path", [str(ROOT / "lessons"), *sys.path]),
-          contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as ended):
-        runpy.run_path(path, run_name="__main__")
-    assert ended.value.code == 0, output.getvalue()
+    ended = called(path_of(lesson))
     if comm.rank == 0:
-        check_held(Ended(0, output.getvalue(), "", 0.0))
+        check_held(ended)
     else:
-        assert output.getvalue() == ""
+        assert (ended.code, ended.output) == (0, "")
 
 
 @pytest.mark.parametrize("lesson", ABOUT_TIME)
@@ -68,7 +67,13 @@ def test_the_checks_of_a_lesson_about_time_hold(n, lesson):
 
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_a_lesson_s_checks_hold_on_virtual_ranks(lesson):
-    check_held(virtually(path_of(lesson), "--ranks", "4", "--shuffle", "7"))
+    check_held(called(path_of(lesson), "--ranks", "4", "--shuffle", "7"))
+
+
+def test_a_lesson_runs_without_mpirun():
+    ended = subprocess.run([sys.executable, path_of(LESSONS[0])], cwd=ROOT, env=environment(), capture_output=True,
+                           text=True, timeout=120)
+    check_held(Ended(ended.returncode, ended.stdout, ended.stderr, 0.0))
 
 
 def test_there_are_seventeen_lessons_numbered_without_a_gap():
@@ -118,7 +123,7 @@ def test_a_wrong_answer_fails_the_checks_that_are_about_it(n, name, written):
 @pytest.mark.parametrize("name", ["14: means", "15: one buffer", "15: nobody looks", "16: a time counts twice",
                                   "17: nothing written"])
 def test_so_it_does_on_virtual_ranks(name, ranks, written):
-    check_failed(virtually(*written(WRONG[name]), "--ranks", str(ranks)), WRONG[name].fails)
+    check_failed(called(*written(WRONG[name]), "--ranks", str(ranks)), WRONG[name].fails)
 
 
 @pytest.mark.parametrize(("text", "error"), [

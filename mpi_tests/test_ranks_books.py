@@ -31,7 +31,7 @@ def test_every_schedule_s_ledger_is_the_formula_to_the_byte(comm):
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("schedule", ["tp", "sp", "tp+sp", "tsp"])
-@pytest.mark.ranks(1, 2, 4)
+@pytest.mark.ranks(2, 4)
 def test_the_memory_counted_is_within_5_percent_of_what_python_traced(comm, schedule, recompute):
     """Two runs: in one all arrays are counted, in the other, uncounted, Python's own allocations are traced. The model
     is large enough for Python's objects, which are traced too, not to matter."""

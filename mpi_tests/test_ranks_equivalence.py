@@ -32,8 +32,8 @@ def require_five_equal_steps(comm, config, plan):
         assert found == digest(reference), plan
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "dtype"), [
+    *((case, "float32") for case in CASES), ("grouped-query", "float64"), ("nine blocks, eleven tiles", "float64")])
 def test_five_steps_have_every_bit_of_the_single_process(comm, case, dtype):
     require_five_equal_steps(comm, case_config(case, dtype), Plan("tsp"))
 
