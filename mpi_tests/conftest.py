@@ -139,7 +139,9 @@ def run_job(size: int, tests: list[dict[str, Any]], folder: Path, stopped: threa
     """How many tests passed, in order, before the job ended; and what the next one, if any, failed with."""
     job_file = folder / "job.json"
     job_file.write_text(json.dumps({"results": str(folder), "tests": tests}))
-    job = launcher.begin(size, str(launcher.ROOT / "mpi_tests" / "worker.py"), str(job_file))
+    worker = str(launcher.ROOT / "mpi_tests" / "worker.py")
+    # N ranks would leave little of two cores to pytest itself, and at the end, when only it is left, one would idle.
+    job = launcher.begin(size, worker, str(job_file), first=("nice", "-n", "10"))
     passed, since, hung = 0, time.monotonic(), False
     try:
         while job.poll() is None and not hung and not stopped.wait(0.02):

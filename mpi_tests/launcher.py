@@ -65,11 +65,12 @@ def environment(**extra: str) -> dict[str, str]:
     return BEFORE | OPEN_MPI | extra
 
 
-def begin(n: int, *arguments: str, **extra: str) -> subprocess.Popen[bytes]:
-    """Start `mpiexec -n N python arguments...` in a process group of its own, its output in files."""
+def begin(n: int, *arguments: str, first: tuple[str, ...] = (), **extra: str) -> subprocess.Popen[bytes]:
+    """Start `mpiexec -n N python arguments...` in a process group of its own, its output in files; `first` are words
+    before it, as `nice`."""
     output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (closed by collect)
     job = subprocess.Popen(
-        [mpiexec(), "-n", str(n), sys.executable, *arguments], cwd=ROOT, env=environment(**extra),
+        [*first, mpiexec(), "-n", str(n), sys.executable, *arguments], cwd=ROOT, env=environment(**extra),
         stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True)
     job.files = (output, errors, time.monotonic())  # type: ignore[attr-defined]
     return job
