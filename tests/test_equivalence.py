@@ -53,6 +53,7 @@ def test_the_bits_agree_where_a_tile_is_several_strips_of_queries_and_chunks_of_
     whole = single_digest(config, steps=1)
     monkeypatch.setattr(attention, "CHUNK_BYTES", 1)
     monkeypatch.setattr(attention, "STRIP", config.tile_len // 2)
+    monkeypatch.setattr(attention, "DIAGONAL", config.tile_len // 4)
     chunked = virtual_digest(config, Plan("single"), 1, steps=1)
     assert chunked != whole, "sums in another order"
     assert virtual_digest(config, plan, ranks, seed=ranks, steps=1) == chunked

@@ -36,10 +36,10 @@ PURE = {"reshape", "transpose", "swapaxes"}
 
 CONFIG = make_config("tiny", hidden_size=96, num_layers=1, num_heads=12, num_kv_heads=4, ffn_size=44, vocab_size=260,
                      seq_len=20, batch_size=3, blocks=2, tiles=4)
-LETTERS = dict(B=3, S=20, s=5, t=5, h=96, H=12, K=4, g=3, e=8, f=44, L=1, G=2, T=4, V=260)
+LETTERS = dict(B=3, S=20, s=5, t=5, r=5, h=96, H=12, K=4, g=3, e=8, f=44, L=1, G=2, T=4, V=260)
 
 # n, the keys that a tile sees, and c, those of a chunk, are whole tiles; m, the blocks at
-# hand, are at most all. A strip of t queries is a whole tile here.
+# hand, are at most all. A strip of t queries is a whole tile here, and all of them see a chunk.
 VARYING = {"n": range(5, 21, 5), "c": range(5, 21, 5), "m": range(1, 3)}
 
 

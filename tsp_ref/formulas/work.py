@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import Config
 from ..grid import Grid
-from ..ops.attention import strips
+from ..ops.attention import DIAGONAL, strips
 
 
 def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool = False) -> dict[tuple[str, str], int]:
@@ -12,9 +12,10 @@ def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool
 
     A product of a token with a matrix of E elements costs 2·E forward and 4·E backward (for the token's gradient and
     for the matrix's). Attention multiplies each query with the n keys that its tile sees, masked ones of its own tile
-    included: scores and values, 2 products of 2·e·n forward; backward the scores again and four more. (A tile of
-    several strips of t queries is spared what the later strips' keys would cost the earlier: s·(s-t)/2 pairs.) The
-    embedding forward is a lookup, its backward a product with a one-hot matrix; the head's backward computes the logits
+    included: scores and values, 2 products of 2·e·n forward; backward the scores again and four more, of which two have
+    one column more than e. (A tile of several strips of t queries is spared what the later strips' keys would cost the
+    earlier: s·(s-t)/2 pairs. The backward takes a strip's own keys d at a time and is spared t·(t-d)/2 more for each
+    strip.) The embedding forward is a lookup, its backward a product with a one-hot matrix; the head's backward computes the logits
     again.
     """
     blocks = config.blocks if folded else len(grid.blocks)
@@ -26,6 +27,8 @@ def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool
     strip_len = strips(config.tile_len)[0].stop
     spared = (config.tile_len - strip_len) // 2
     pairs = config.batch_size * config.tile_len * sum(grid.visible(slot) - spared for slot in grid.slots)
+    spared_backward = sum(first * min(DIAGONAL, strip_len - first) for first in range(0, strip_len, DIAGONAL))
+    pairs_backward = pairs - tokens // strip_len * spared_backward
     table = config.vocab_size // config.blocks * hidden
     attention, swiglu = tokens * (qkv + out) + 2 * pairs * query, tokens * mlp
     forward = {"attention": 2 * layers * blocks * attention, "mlp": 2 * layers * blocks * swiglu}
@@ -35,7 +38,8 @@ def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool
         ("head", "forward"): 2 * blocks * tokens * table,
         ("head", "backward"): 6 * blocks * tokens * table,
         ("mlp", "backward"): 2 * forward["mlp"],
-        ("attention", "backward"): 2 * layers * blocks * (2 * tokens * (qkv + out) + 5 * pairs * query),
+        ("attention", "backward"): 2 * layers * blocks * (
+            2 * tokens * (qkv + out) + (5 * query + 2 * query // config.head_dim) * pairs_backward),
         ("embedding", "backward"): 2 * blocks * tokens * table,
     }
     for part in {"none": (), "attention": ("attention",), "full": ("attention", "mlp")}[recompute]:

@@ -18,6 +18,9 @@ STRIP = 256
 CHUNK_BYTES = 512 * 1024
 """Of a chunk of scores: with its gradient it fits the second-level cache of most processors (chosen by measurement)."""
 
+DIAGONAL = 64
+"""Keys of a chunk of the strip itself: half of a chunk's first queries' scores are masked (chosen by measurement)."""
+
 
 def qkv_forward(
     xp: Namespace, x: Array, wqkv: Array, rotary: Array, group_size: int
@@ -98,6 +101,7 @@ def attend_backward(
 ) -> tuple[Array, Array]:
     """dheads [B, K/G, g·s, e] -> dq [B, K/G, g·s, e] and, stacked, dk and dv [2, B, K/G, n, e]."""
     length, (batch, kv_heads, *_) = mask.shape[0], q.shape
+    keys, values = with_column(xp, k, 1.0), with_column(xp, v, 1.0)  # -> [B, K/G, n, e+1], [B, K/G, n, e+1]
     dq = xp.empty_like(q)
     dkv: Array | None = None
     for strip in reversed(strips(length)):  # the last sees all keys
@@ -105,7 +109,7 @@ def attend_backward(
         parts = [of_strip(x, strip, length) for x in (dheads, q, heads, logsumexp)]
         dheads_part, q_part, heads_part, logsum = (part.reshape(batch, kv_heads, -1, part.shape[-1]) for part in parts)
         dq_part, dkv_part = strip_backward(
-            xp, dheads_part, q_part, k[:, :, :seen], v[:, :, :seen], mask[strip, strip], heads_part, logsum)
+            xp, dheads_part, q_part, keys[:, :, :seen], values[:, :, :seen], mask[strip, strip], heads_part, logsum)
         of_strip(dq, strip, length)[...] = dq_part.reshape(parts[1].shape)
         if dkv is None:
             dkv = dkv_part
@@ -121,19 +125,28 @@ def attention_scores(xp: Namespace, q: Array, k: Array, mask: Array) -> Array:
     Only the last t columns, the strip against itself, need the mask: all keys before the strip are visible.
     """
     scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)  # [B, K/G, g*t, e] -> [B, K/G, g*t, n]
-    add_mask(scores, mask)
+    add_mask(scores, mask, mask.shape[0])
     return scores
 
 
-def add_mask(scores: Array, mask: Array) -> None:
-    """Add the mask [t, t] to the last t columns of scores [B, K/G, g·t, n], in place: to those of each query head."""
+def add_mask(scores: Array, mask: Array, length: int) -> None:
+    """Add the mask [w, w] in place to scores of `length` queries of each head: to the first w against the last w keys.
+    """
     batch, kv_heads, rows, _ = scores.shape
-    length = mask.shape[0]
-    scores.reshape(batch, kv_heads, rows // length, length, -1)[..., -length:] += mask
+    width = mask.shape[0]
+    scores.reshape(batch, kv_heads, rows // length, length, -1)[..., :width, -width:] += mask
+
+
+def with_column(xp: Namespace, x: Array, column: Array | float) -> Array:
+    """x [B, K/G, n, e], or as many rows of queries, with one more column."""
+    wider = xp.empty((*x.shape[:-1], x.shape[-1] + 1), dtype=x.dtype)  # [B, K/G, n, e+1]
+    wider[..., :-1] = x
+    wider[..., -1:] = column
+    return wider
 
 
 def strip_forward(xp: Namespace, q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
-    """One softmax over all keys that a strip sees.
+    """One softmax over all keys that a strip sees. (`einsum` sums short rows faster than `sum`.)
 
     q [B, K/G, g·t, e], k and v [B, K/G, n, e], mask [t, t] -> the heads' output [B, K/G, g·t, e] and the
     log-sum-exp of each query's scores [B, K/G, g·t, 1].
@@ -142,51 +155,69 @@ def strip_forward(xp: Namespace, q: Array, k: Array, v: Array, mask: Array) -> t
     largest = xp.max(probs, axis=-1, keepdims=True)  # [B, K/G, g*t, n] -> [B, K/G, g*t, 1]
     probs -= largest
     xp.exp(probs, out=probs)
-    total = xp.sum(probs, axis=-1, keepdims=True)  # [B, K/G, g*t, n] -> [B, K/G, g*t, 1]
+    total = xp.einsum("bkqn->bkq", probs)[..., None]  # [B, K/G, g*t, n] -> [B, K/G, g*t, 1]
     heads = probs @ v  # [B, K/G, g*t, n] -> [B, K/G, g*t, e]
     heads /= total
     return heads, largest + xp.log(total)
 
 
 def strip_backward(
-    xp: Namespace, dheads: Array, q: Array, k: Array, v: Array, mask: Array, heads: Array, logsumexp: Array
+    xp: Namespace, dheads: Array, q: Array, keys: Array, values: Array, mask: Array, heads: Array, logsumexp: Array
 ) -> tuple[Array, Array]:
     """The softmax is recomputed from its log-sum-exp, so no [g·t, n] array is ever kept, nor made: the work goes by
     chunks of keys that fit the cache. The plain form, with p the softmax, and all of it at once:
 
         dv = pᵀ dheads,  dscores = p * (dheads vᵀ - rows of <dheads, heads>) / √e,  dq = dscores k,  dk = dscoresᵀ q
 
-    dheads [B, K/G, g·t, e] -> dq [B, K/G, g·t, e] and, stacked, dk and dv [2, B, K/G, n, e].
+    What is subtracted from each row of a product is one more column of its left factor, and of its right one a column
+    of ones: so it costs no pass over the result.
+
+    dheads [B, K/G, g·t, e], keys and values with their ones [B, K/G, n, e+1] -> dq [B, K/G, g·t, e] and, stacked, dk
+    and dv [2, B, K/G, n, e].
     """
-    scale = q.shape[-1] ** -0.5
+    length, scale = mask.shape[0], q.shape[-1] ** -0.5
     scaled = q * scale
     # A softmax passes on only what differs from the weighted mean of its gradient, which is <dheads, heads>.
     mean = xp.sum(dheads * heads, axis=-1, keepdims=True)  # [B, K/G, g*t, e] -> [B, K/G, g*t, 1]
-    dkv = xp.empty((2, *k.shape), dtype=k.dtype)  # [2, B, K/G, n, e]
+    queries = with_column(xp, scaled, -logsumexp)  # [B, K/G, g*t, e] -> [B, K/G, g*t, e+1]
+    centred = with_column(xp, dheads, -mean)  # [B, K/G, g*t, e] -> [B, K/G, g*t, e+1]
+    dkv = xp.empty((2, *keys.shape[:-1], q.shape[-1]), dtype=q.dtype)  # [2, B, K/G, n, e]
     dq = xp.zeros_like(q)
-    for keys in key_chunks(q, k.shape[2], mask.shape[0]):
-        chunk_k, chunk_v = k[:, :, keys], v[:, :, keys]  # -> [B, K/G, c, e], [B, K/G, c, e]
-        probs = scaled @ chunk_k.swapaxes(-1, -2)  # [B, K/G, g*t, e] -> [B, K/G, g*t, c]
-        if keys.stop == k.shape[2]:
-            add_mask(probs, mask)
-        probs -= logsumexp
+    for chunk, first in key_chunks(q, keys.shape[2], length):
+        scaled_rows, dheads_rows, queries_rows, centred_rows = (
+            rows_from(x, first, length) for x in (scaled, dheads, queries, centred))
+        probs = queries_rows @ keys[:, :, chunk].swapaxes(-1, -2)  # -> [B, K/G, g*r, c]
+        if chunk.start >= keys.shape[2] - length:
+            width = chunk.stop - chunk.start
+            add_mask(probs, mask[:width, :width], length - first)
         xp.exp(probs, out=probs)
-        xp.matmul(probs.swapaxes(-1, -2), dheads, out=dkv[1][:, :, keys])
-        dscores = dheads @ chunk_v.swapaxes(-1, -2)  # [B, K/G, g*t, e] -> [B, K/G, g*t, c]
-        dscores -= mean
+        xp.matmul(probs.swapaxes(-1, -2), dheads_rows, out=dkv[1][:, :, chunk])
+        dscores = centred_rows @ values[:, :, chunk].swapaxes(-1, -2)  # -> [B, K/G, g*r, c]
         dscores *= probs
-        xp.matmul(dscores.swapaxes(-1, -2), scaled, out=dkv[0][:, :, keys])
-        dq += dscores @ chunk_k  # [B, K/G, g*t, c] -> [B, K/G, g*t, e]
+        xp.matmul(dscores.swapaxes(-1, -2), scaled_rows, out=dkv[0][:, :, chunk])
+        dq_rows = of_strip(dq, slice(first, length), length)
+        dq_rows += (dscores @ keys[:, :, chunk, :-1]).reshape(dq_rows.shape)
     dq *= scale
     return dq, dkv
 
 
-def key_chunks(q: Array, count: int, length: int) -> list[slice]:
-    """The keys 0..count-1 cut in chunks of whole strips of `length`, whose scores for q [B, K/G, g·t, e] take about
-    CHUNK_BYTES; the last chunk holds the strip that the mask is for."""
+def key_chunks(q: Array, count: int, length: int) -> list[tuple[slice, int]]:
+    """The keys 0..count-1 in chunks, each with the first of a strip's queries q [B, K/G, g·t, e] that sees its keys.
+
+    Before the strip, which is the last `length` keys: whole strips whose scores take about CHUNK_BYTES, seen by all.
+    The strip itself: DIAGONAL keys at a time, because no query before a chunk's first key sees any of it.
+    """
     strip_bytes = math.prod(q.shape[:3]) * length * q.dtype.itemsize
-    step = length * max(1, CHUNK_BYTES // strip_bytes)
-    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+    step, before = length * max(1, CHUNK_BYTES // strip_bytes), count - length
+    earlier = [(slice(first, min(first + step, before)), 0) for first in range(0, before, step)]
+    return earlier + [(slice(before + first, before + min(first + DIAGONAL, length)), first)
+                      for first in range(0, length, DIAGONAL)]
+
+
+def rows_from(x: Array, first: int, length: int) -> Array:
+    """The rows of x [B, K/G, g·t, ...] that belong to the queries from `first` on, of each query head."""
+    rows = of_strip(x, slice(first, length), length)
+    return rows.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def merge_heads(xp: Namespace, heads: Array, length: int) -> Array:

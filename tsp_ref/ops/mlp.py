@@ -8,6 +8,11 @@ from __future__ import annotations
 from ..arrays import Array, Namespace
 
 
+ROWS = 128
+"""Tokens that are worked on at a time between two matrix products: their rows of all arrays fit the second-level cache
+of most processors (chosen by measurement)."""
+
+
 def sigmoid(xp: Namespace, x: Array) -> Array:
     """1 / (1 + exp(-x)), written with tanh, which does not overflow: (tanh(x/2) + 1) / 2."""
     y = 0.5 * x
@@ -22,10 +27,13 @@ def swiglu_forward(xp: Namespace, x: Array, gate_up: Array, down: Array) -> tupl
     batch, length, hidden = x.shape
     projected = x.reshape(batch * length, hidden) @ gate_up  # [B*s, h] -> [B*s, 2*f/G]
     width = down.shape[0]
-    gate, up = projected[:, :width], projected[:, width:]  # -> [B*s, f/G], [B*s, f/G]
-    gated = sigmoid(xp, gate)
-    gated *= gate
-    gated *= up
+    gated = xp.empty((batch * length, width), dtype=x.dtype)  # [B*s, f/G]
+    for first in range(0, batch * length, ROWS):
+        rows = slice(first, first + ROWS)
+        gate, up = projected[rows, :width], projected[rows, width:]
+        silu = sigmoid(xp, gate)
+        silu *= gate
+        xp.multiply(silu, up, out=gated[rows])
     y = gated @ down  # [B*s, f/G] -> [B*s, h]
     return y.reshape(batch, length, hidden), projected
 
@@ -33,28 +41,36 @@ def swiglu_forward(xp: Namespace, x: Array, gate_up: Array, down: Array) -> tupl
 def swiglu_backward(
     xp: Namespace, dy: Array, x: Array, gate_up: Array, down: Array, projected: Array, out: tuple[Array, Array]
 ) -> Array:
-    """dy [B, s, h] -> dx [B, s, h]; the gradients of gate_up and down are written into `out`.
+    """dy [B, s, h] -> dx [B, s, h]; the gradients of gate_up and down are written into `out`."""
+    batch, length, hidden = x.shape
+    flat = dy.reshape(batch * length, hidden)  # [B, s, h] -> [B*s, h]
+    dgated = flat @ down.T  # [B*s, h] -> [B*s, f/G]
+    gated, dprojected = gate_backward(xp, dgated, projected)
+    xp.matmul(gated.T, flat, out=out[1])
+    xp.matmul(x.reshape(batch * length, hidden).T, dprojected, out=out[0])
+    dx = dprojected @ gate_up.T  # [B*s, 2*f/G] -> [B*s, h]
+    return dx.reshape(batch, length, hidden)
+
+
+def gate_backward(xp: Namespace, dgated: Array, projected: Array) -> tuple[Array, Array]:
+    """dgated [B·s, f/G] -> silu(gate) * up [B·s, f/G], computed anew, and the gradients of gate and up [B·s, 2f/G].
 
     The plain form of what is done in place here: silu = gate · slope, with slope = sigmoid(gate), and its derivative is
     slope + silu · (1 - slope) = slope · (1 + gate - silu).
     """
-    batch, length, hidden = x.shape
-    width = down.shape[0]
-    gate, up = projected[:, :width], projected[:, width:]  # -> [B*s, f/G], [B*s, f/G]
-    slope = sigmoid(xp, gate)
-    silu = gate * slope
-    flat = dy.reshape(batch * length, hidden)  # [B, s, h] -> [B*s, h]
-    dhidden = flat @ down.T  # [B*s, h] -> [B*s, f/G]
-    dprojected = xp.empty(projected.shape, dtype=projected.dtype)  # [B*s, 2*f/G]
-    dgate, dup = dprojected[:, :width], dprojected[:, width:]  # -> [B*s, f/G], [B*s, f/G]
-    xp.multiply(dhidden, silu, out=dup)
-    xp.subtract(gate, silu, out=dgate)
-    dgate += 1.0
-    dgate *= slope
-    dgate *= up
-    dgate *= dhidden
-    silu *= up
-    xp.matmul(silu.T, flat, out=out[1])
-    xp.matmul(x.reshape(batch * length, hidden).T, dprojected, out=out[0])
-    dx = dprojected @ gate_up.T  # [B*s, 2*f/G] -> [B*s, h]
-    return dx.reshape(batch, length, hidden)
+    width = dgated.shape[1]
+    gated = xp.empty_like(dgated)
+    dprojected = xp.empty_like(projected)
+    for first in range(0, len(projected), ROWS):
+        rows = slice(first, first + ROWS)
+        gate, up, dhidden = projected[rows, :width], projected[rows, width:], dgated[rows]
+        slope = sigmoid(xp, gate)
+        silu = gate * slope
+        xp.multiply(dhidden, silu, out=dprojected[rows, width:])
+        dgate = gate - silu
+        dgate += 1.0
+        dgate *= slope
+        dgate *= up
+        xp.multiply(dgate, dhidden, out=dprojected[rows, :width])
+        xp.multiply(silu, up, out=gated[rows])
+    return gated, dprojected

@@ -1,4 +1,4 @@
-"""RMSNorm (arXiv 1910.07467)."""
+"""RMSNorm (arXiv 1910.07467). Inner products of rows are `einsum`s, which make no array of the products."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from ..arrays import Array, Namespace
 
 def inverse_rms(xp: Namespace, x: Array, eps: float) -> Array:
     """The inverse root mean square of each token: x [B, s, h] -> [B, s, 1], in x's dtype."""
-    mean_square = xp.mean(x * x, axis=-1, keepdims=True)  # [B, s, h] -> [B, s, 1]
-    return 1.0 / xp.sqrt(mean_square + eps)
+    squares = xp.einsum("bsh,bsh->bs", x, x)[..., None]  # [B, s, h] -> [B, s, 1]
+    return 1.0 / xp.sqrt(squares / x.shape[-1] + eps)
 
 
 def rmsnorm_forward(xp: Namespace, x: Array, gain: Array, eps: float) -> tuple[Array, Array]:
@@ -28,13 +28,11 @@ def rmsnorm_backward(xp: Namespace, dy: Array, x: Array, gain: Array, inverse: A
     The plain form: dx = (dunit - unit · mean(dunit · unit)) · inverse, with unit = x · inverse and dunit = dy · gain.
     """
     unit = x * inverse
-    product = dy * unit
-    dgain = xp.sum(product, axis=(0, 1))  # [B, s, h] -> [h]
-    product *= gain
-    # The scale depends on x too: that part of the gradient lies along x, and is what keeps the mean square at one.
-    along = xp.mean(product, axis=-1, keepdims=True)  # [B, s, h] -> [B, s, 1]
+    dgain = xp.einsum("bsh,bsh->h", dy, unit)  # [B, s, h] -> [h]
     dx = dy * gain
-    unit *= along
+    # The scale depends on x too: that part of the gradient lies along x, and is what keeps the mean square at one.
+    along = xp.einsum("bsh,bsh->bs", dx, unit)[..., None]  # [B, s, h] -> [B, s, 1]
+    unit *= along / x.shape[-1]
     dx -= unit
     dx *= inverse
     return dx, dgain
