@@ -18,16 +18,16 @@ def random(*shape):
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 5])
-@pytest.mark.parametrize("chunk_tiles", [1, 2, 3])
+@pytest.mark.parametrize("chunk", [8, 12, 24])
 @pytest.mark.parametrize("diagonal", [8, 4, 3])
-def test_attention_by_chunks_of_keys_is_attention_over_all_of_them(tiles, chunk_tiles, diagonal, monkeypatch):
+def test_attention_by_chunks_of_keys_is_attention_over_all_of_them(tiles, chunk, diagonal, monkeypatch):
     rows, keys = QUERIES_A_KEY * LENGTH, tiles * LENGTH
     q, dheads = random(3, 2, rows, HEAD), random(3, 2, rows, HEAD) + 1
     k, v = random(3, 2, keys, HEAD), random(3, 2, keys, HEAD) - 1
     mask = causal_mask(np, LENGTH, "float64")
-    monkeypatch.setattr(attention, "CHUNK_BYTES", chunk_tiles * 3 * 2 * rows * LENGTH * 8)
+    monkeypatch.setattr(attention, "CHUNK_BYTES", chunk * 3 * 2 * rows * 8)
     monkeypatch.setattr(attention, "DIAGONAL", diagonal)
-    assert len(key_chunks(q, keys, LENGTH)) == -(-(tiles - 1) // chunk_tiles) + -(-LENGTH // diagonal)
+    assert len(key_chunks(q, keys, LENGTH)) == -(-(tiles - 1) * LENGTH // chunk) + -(-LENGTH // diagonal)
 
     position = np.tile(np.arange(keys - LENGTH, keys), QUERIES_A_KEY)[:, None]  # of each row's query
     scores = np.where(np.arange(keys) <= position, q @ k.swapaxes(-1, -2) / np.sqrt(HEAD), -np.inf)
@@ -59,15 +59,14 @@ def test_a_tile_by_strips_of_queries_is_the_whole_tile(longest, monkeypatch):
         np.testing.assert_allclose(found, wanted, rtol=1e-11, atol=1e-13)
 
 
-def test_chunks_cover_the_keys_in_order_those_of_the_strip_itself_in_small_ones():
+def test_chunks_cover_the_keys_in_order_those_of_the_tile_itself_in_small_ones():
     q = np.zeros((1, 2, 256, 64), dtype=np.float32)
     for tiles in range(1, 9):
         chunks = key_chunks(q, 256 * tiles, 256)
         assert [key for chunk, _ in chunks for key in range(chunk.start, chunk.stop)] == list(range(256 * tiles))
-        *earlier, own = chunks[:-3]
+        earlier, own = chunks[:-4], chunks[-4:]
         assert all((chunk.stop - chunk.start) * 2 * 256 * 4 == attention.CHUNK_BYTES for chunk, _ in earlier)
-        assert [(chunk.stop - chunk.start, first) for chunk, first in [own, *chunks[-3:]]] == [
-            (64, 0), (64, 64), (64, 128), (64, 192)]
+        assert [(chunk.stop - chunk.start, first) for chunk, first in own] == [(64, 0), (64, 64), (64, 128), (64, 192)]
 
 
 def test_swiglu_in_place_is_the_plain_one():

@@ -39,7 +39,7 @@ CONFIG = make_config("tiny", hidden_size=96, num_layers=1, num_heads=12, num_kv_
 LETTERS = dict(B=3, S=20, s=5, t=5, r=5, h=96, H=12, K=4, g=3, e=8, f=44, L=1, G=2, T=4, V=260)
 
 # n, the keys that a tile sees, and c, those of a chunk, are whole tiles; m, the blocks at
-# hand, are at most all. A strip of t queries is a whole tile here, and all of them see a chunk.
+# hand, are at most all. A strip of t queries is a whole tile here, and all its queries see every chunk.
 VARYING = {"n": range(5, 21, 5), "c": range(5, 21, 5), "m": range(1, 3)}
 
 

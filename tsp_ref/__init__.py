@@ -10,7 +10,7 @@ The letters in shape comments, here and everywhere:
     n  keys that a tile of queries sees: all tokens up to the tile's last
     c  keys of a chunk of them
     t  queries of a strip of a tile
-    r  those of them that see a chunk of keys
+    r  queries of a tile that see a chunk of keys
     m  blocks at hand: those of one owner
 
 The words:

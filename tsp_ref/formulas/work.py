@@ -14,8 +14,7 @@ def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool
     for the matrix's). Attention multiplies each query with the n keys that its tile sees, masked ones of its own tile
     included: scores and values, 2 products of 2·e·n forward; backward the scores again and four more, of which two have
     one column more than e. (A tile of several strips of t queries is spared what the later strips' keys would cost the
-    earlier: s·(s-t)/2 pairs. The backward takes a strip's own keys d at a time and is spared t·(t-d)/2 more for each
-    strip.) The embedding forward is a lookup, its backward a product with a one-hot matrix; the head's backward computes the logits
+    earlier: s·(s-t)/2 pairs. The backward takes a tile's own keys d at a time and is spared s·(s-d)/2.) The embedding forward is a lookup, its backward a product with a one-hot matrix; the head's backward computes the logits
     again.
     """
     blocks = config.blocks if folded else len(grid.blocks)
@@ -24,11 +23,12 @@ def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool
     key = config.kv_heads_per_block * config.head_dim
     query = config.group_size * key
     qkv, out, mlp = hidden * (query + 2 * key), query * hidden, 3 * hidden * config.ffn_size // config.blocks
+    all_pairs = config.batch_size * config.tile_len * sum(map(grid.visible, grid.slots))
     strip_len = strips(config.tile_len)[0].stop
-    spared = (config.tile_len - strip_len) // 2
-    pairs = config.batch_size * config.tile_len * sum(grid.visible(slot) - spared for slot in grid.slots)
-    spared_backward = sum(first * min(DIAGONAL, strip_len - first) for first in range(0, strip_len, DIAGONAL))
-    pairs_backward = pairs - tokens // strip_len * spared_backward
+    pairs = all_pairs - tokens * (config.tile_len - strip_len) // 2
+    firsts = range(0, config.tile_len, DIAGONAL)
+    spared = sum(first * min(DIAGONAL, config.tile_len - first) for first in firsts)
+    backward_pairs = all_pairs - tokens // config.tile_len * spared
     table = config.vocab_size // config.blocks * hidden
     attention, swiglu = tokens * (qkv + out) + 2 * pairs * query, tokens * mlp
     forward = {"attention": 2 * layers * blocks * attention, "mlp": 2 * layers * blocks * swiglu}
@@ -39,7 +39,7 @@ def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool
         ("head", "backward"): 6 * blocks * tokens * table,
         ("mlp", "backward"): 2 * forward["mlp"],
         ("attention", "backward"): 2 * layers * blocks * (
-            2 * tokens * (qkv + out) + (5 * query + 2 * query // config.head_dim) * pairs_backward),
+            2 * tokens * (qkv + out) + (5 * query + 2 * query // config.head_dim) * backward_pairs),
         ("embedding", "backward"): 2 * blocks * tokens * table,
     }
     for part in {"none": (), "attention": ("attention",), "full": ("attention", "mlp")}[recompute]:

@@ -13,13 +13,13 @@ from ..arrays import Array, Namespace
 from .rotary import rotary_backward, rotary_forward
 
 STRIP = 256
-"""Queries of a strip, at most: fewer make the matrix products slower (chosen by measurement)."""
+"""Queries of a strip, in the forward, at most: fewer make the matrix products slower (chosen by measurement)."""
 
 CHUNK_BYTES = 512 * 1024
-"""Of a chunk of scores: with its gradient it fits the second-level cache of most processors (chosen by measurement)."""
+"""Of a chunk of scores in the backward: with its gradient it fits the second-level cache of most processors (chosen by measurement)."""
 
 DIAGONAL = 64
-"""Keys of a chunk of the strip itself: half of a chunk's first queries' scores are masked (chosen by measurement)."""
+"""Keys of a chunk of the tile itself, in the backward: of its scores few are masked (chosen by measurement)."""
 
 
 def qkv_forward(
@@ -71,10 +71,11 @@ def strips(length: int) -> list[slice]:
     return [slice(first, first + step) for first in range(0, length, step)]
 
 
-def of_strip(x: Array, strip: slice, length: int) -> Array:
-    """The rows of x [B, K/G, g·s, ...] that belong to a strip of t queries, of each query head: [B, K/G, g, t, ...]."""
+def of_queries(x: Array, queries: slice, length: int) -> Array:
+    """The rows of x [B, K/G, g·s, ...] that belong to some of a tile's queries, of each query head: a view
+    [B, K/G, g, t, ...]."""
     batch, kv_heads, _, width = x.shape
-    return x.reshape(batch, kv_heads, -1, length, width)[:, :, :, strip]
+    return x.reshape(batch, kv_heads, -1, length, width)[:, :, :, queries]
 
 
 def attend_forward(xp: Namespace, q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
@@ -88,35 +89,12 @@ def attend_forward(xp: Namespace, q: Array, k: Array, v: Array, mask: Array) -> 
     logsumexp = xp.empty((batch, kv_heads, rows, 1), dtype=q.dtype)  # [B, K/G, g*s, 1]
     for strip in strips(length):
         seen = k.shape[2] - length + strip.stop
-        part = of_strip(q, strip, length)  # -> [B, K/G, g, t, e]
-        found, logsum = strip_forward(
+        part = of_queries(q, strip, length)  # -> [B, K/G, g, t, e]
+        found, logsum = attend_strip(
             xp, part.reshape(batch, kv_heads, -1, head_dim), k[:, :, :seen], v[:, :, :seen], mask[strip, strip])
-        of_strip(heads, strip, length)[...] = found.reshape(part.shape)
-        of_strip(logsumexp, strip, length)[...] = logsum.reshape(*part.shape[:-1], 1)
+        of_queries(heads, strip, length)[...] = found.reshape(part.shape)
+        of_queries(logsumexp, strip, length)[...] = logsum.reshape(*part.shape[:-1], 1)
     return heads, logsumexp
-
-
-def attend_backward(
-    xp: Namespace, dheads: Array, q: Array, k: Array, v: Array, mask: Array, heads: Array, logsumexp: Array
-) -> tuple[Array, Array]:
-    """dheads [B, K/G, g·s, e] -> dq [B, K/G, g·s, e] and, stacked, dk and dv [2, B, K/G, n, e]."""
-    length, (batch, kv_heads, *_) = mask.shape[0], q.shape
-    keys, values = with_column(xp, k, 1.0), with_column(xp, v, 1.0)  # -> [B, K/G, n, e+1], [B, K/G, n, e+1]
-    dq = xp.empty_like(q)
-    dkv: Array | None = None
-    for strip in reversed(strips(length)):  # the last sees all keys
-        seen = k.shape[2] - length + strip.stop
-        parts = [of_strip(x, strip, length) for x in (dheads, q, heads, logsumexp)]
-        dheads_part, q_part, heads_part, logsum = (part.reshape(batch, kv_heads, -1, part.shape[-1]) for part in parts)
-        dq_part, dkv_part = strip_backward(
-            xp, dheads_part, q_part, keys[:, :, :seen], values[:, :, :seen], mask[strip, strip], heads_part, logsum)
-        of_strip(dq, strip, length)[...] = dq_part.reshape(parts[1].shape)
-        if dkv is None:
-            dkv = dkv_part
-        else:
-            dkv[:, :, :, :seen] += dkv_part
-    assert dkv is not None, "a tile has at least one strip"
-    return dq, dkv
 
 
 def attention_scores(xp: Namespace, q: Array, k: Array, mask: Array) -> Array:
@@ -145,7 +123,7 @@ def with_column(xp: Namespace, x: Array, column: Array | float) -> Array:
     return wider
 
 
-def strip_forward(xp: Namespace, q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
+def attend_strip(xp: Namespace, q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
     """One softmax over all keys that a strip sees. (`einsum` sums short rows faster than `sum`.)
 
     q [B, K/G, g·t, e], k and v [B, K/G, n, e], mask [t, t] -> the heads' output [B, K/G, g·t, e] and the
@@ -161,10 +139,10 @@ def strip_forward(xp: Namespace, q: Array, k: Array, v: Array, mask: Array) -> t
     return heads, largest + xp.log(total)
 
 
-def strip_backward(
-    xp: Namespace, dheads: Array, q: Array, keys: Array, values: Array, mask: Array, heads: Array, logsumexp: Array
+def attend_backward(
+    xp: Namespace, dheads: Array, q: Array, k: Array, v: Array, mask: Array, heads: Array, logsumexp: Array
 ) -> tuple[Array, Array]:
-    """The softmax is recomputed from its log-sum-exp, so no [g·t, n] array is ever kept, nor made: the work goes by
+    """The softmax is recomputed from its log-sum-exp, so no [g·s, n] array is ever kept, nor made: the work goes by
     chunks of keys that fit the cache. The plain form, with p the softmax, and all of it at once:
 
         dv = pᵀ dheads,  dscores = p * (dheads vᵀ - rows of <dheads, heads>) / √e,  dq = dscores k,  dk = dscoresᵀ q
@@ -172,22 +150,22 @@ def strip_backward(
     What is subtracted from each row of a product is one more column of its left factor, and of its right one a column
     of ones: so it costs no pass over the result.
 
-    dheads [B, K/G, g·t, e], keys and values with their ones [B, K/G, n, e+1] -> dq [B, K/G, g·t, e] and, stacked, dk
-    and dv [2, B, K/G, n, e].
+    dheads [B, K/G, g·s, e] -> dq [B, K/G, g·s, e] and, stacked, dk and dv [2, B, K/G, n, e].
     """
     length, scale = mask.shape[0], q.shape[-1] ** -0.5
     scaled = q * scale
     # A softmax passes on only what differs from the weighted mean of its gradient, which is <dheads, heads>.
-    mean = xp.sum(dheads * heads, axis=-1, keepdims=True)  # [B, K/G, g*t, e] -> [B, K/G, g*t, 1]
-    queries = with_column(xp, scaled, -logsumexp)  # [B, K/G, g*t, e] -> [B, K/G, g*t, e+1]
-    centred = with_column(xp, dheads, -mean)  # [B, K/G, g*t, e] -> [B, K/G, g*t, e+1]
-    dkv = xp.empty((2, *keys.shape[:-1], q.shape[-1]), dtype=q.dtype)  # [2, B, K/G, n, e]
+    mean = xp.sum(dheads * heads, axis=-1, keepdims=True)  # [B, K/G, g*s, e] -> [B, K/G, g*s, 1]
+    queries = with_column(xp, scaled, -logsumexp)  # [B, K/G, g*s, e] -> [B, K/G, g*s, e+1]
+    centred = with_column(xp, dheads, -mean)  # [B, K/G, g*s, e] -> [B, K/G, g*s, e+1]
+    keys, values = with_column(xp, k, 1.0), with_column(xp, v, 1.0)  # -> [B, K/G, n, e+1], [B, K/G, n, e+1]
+    dkv = xp.empty((2, *k.shape), dtype=k.dtype)  # [2, B, K/G, n, e]
     dq = xp.zeros_like(q)
-    for chunk, first in key_chunks(q, keys.shape[2], length):
-        scaled_rows, dheads_rows, queries_rows, centred_rows = (
-            rows_from(x, first, length) for x in (scaled, dheads, queries, centred))
+    for chunk, first in key_chunks(q, k.shape[2], length):
+        rows = [rows_from(x, first, length) for x in (scaled, dheads, queries, centred)]
+        scaled_rows, dheads_rows, queries_rows, centred_rows = rows
         probs = queries_rows @ keys[:, :, chunk].swapaxes(-1, -2)  # -> [B, K/G, g*r, c]
-        if chunk.start >= keys.shape[2] - length:
+        if chunk.start >= k.shape[2] - length:
             width = chunk.stop - chunk.start
             add_mask(probs, mask[:width, :width], length - first)
         xp.exp(probs, out=probs)
@@ -195,28 +173,28 @@ def strip_backward(
         dscores = centred_rows @ values[:, :, chunk].swapaxes(-1, -2)  # -> [B, K/G, g*r, c]
         dscores *= probs
         xp.matmul(dscores.swapaxes(-1, -2), scaled_rows, out=dkv[0][:, :, chunk])
-        dq_rows = of_strip(dq, slice(first, length), length)
-        dq_rows += (dscores @ keys[:, :, chunk, :-1]).reshape(dq_rows.shape)
+        dq_rows = of_queries(dq, slice(first, length), length)
+        dq_rows += (dscores @ k[:, :, chunk]).reshape(dq_rows.shape)
     dq *= scale
     return dq, dkv
 
 
 def key_chunks(q: Array, count: int, length: int) -> list[tuple[slice, int]]:
-    """The keys 0..count-1 in chunks, each with the first of a strip's queries q [B, K/G, g·t, e] that sees its keys.
+    """The keys 0..count-1 in chunks, each with the first of a tile's queries q [B, K/G, g·s, e] that sees its keys.
 
-    Before the strip, which is the last `length` keys: whole strips whose scores take about CHUNK_BYTES, seen by all.
-    The strip itself: DIAGONAL keys at a time, because no query before a chunk's first key sees any of it.
+    Before the tile, which is the last `length` keys: so many that their scores take about CHUNK_BYTES, seen by all.
+    The tile itself: DIAGONAL keys at a time, because no query before a chunk's first key sees any of it.
     """
-    strip_bytes = math.prod(q.shape[:3]) * length * q.dtype.itemsize
-    step, before = length * max(1, CHUNK_BYTES // strip_bytes), count - length
+    before = count - length
+    step = max(DIAGONAL, CHUNK_BYTES // (math.prod(q.shape[:3]) * q.dtype.itemsize))
     earlier = [(slice(first, min(first + step, before)), 0) for first in range(0, before, step)]
     return earlier + [(slice(before + first, before + min(first + DIAGONAL, length)), first)
                       for first in range(0, length, DIAGONAL)]
 
 
 def rows_from(x: Array, first: int, length: int) -> Array:
-    """The rows of x [B, K/G, g·t, ...] that belong to the queries from `first` on, of each query head."""
-    rows = of_strip(x, slice(first, length), length)
+    """The rows of x [B, K/G, g·s, ...] that belong to the queries from `first` on, of each query head."""
+    rows = of_queries(x, slice(first, length), length)
     return rows.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
