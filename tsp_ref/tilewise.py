@@ -36,7 +36,8 @@ def totals(trees: dict[int, Tree[Array]]) -> Tiles:
 
 def squares(model: Model, gradients: Parameters, position: int) -> Array:
     """The sum of squares of each tensor's block at `position` among those that this rank holds: [number of tensors]."""
-    return model.xp.stack([model.xp.sum(tensor[position] * tensor[position]) for _, tensor in gradients.tensors()])
+    blocks = [tensor[position].reshape(-1) for _, tensor in gradients.tensors()]
+    return model.xp.stack([model.xp.vdot(block, block) for block in blocks])
 
 
 def forget(model: Model, saved: Saved) -> None:

@@ -8,11 +8,6 @@ from __future__ import annotations
 from ..arrays import Array, Namespace
 
 
-ROWS = 128
-"""Tokens that are worked on at a time between two matrix products: their rows of all arrays fit the second-level cache
-of most processors (chosen by measurement)."""
-
-
 def sigmoid(xp: Namespace, x: Array) -> Array:
     """1 / (1 + exp(-x)), written with tanh, which does not overflow: (tanh(x/2) + 1) / 2."""
     y = 0.5 * x
@@ -27,13 +22,10 @@ def swiglu_forward(xp: Namespace, x: Array, gate_up: Array, down: Array) -> tupl
     batch, length, hidden = x.shape
     projected = x.reshape(batch * length, hidden) @ gate_up  # [B*s, h] -> [B*s, 2*f/G]
     width = down.shape[0]
-    gated = xp.empty((batch * length, width), dtype=x.dtype)  # [B*s, f/G]
-    for first in range(0, batch * length, ROWS):
-        rows = slice(first, first + ROWS)
-        gate, up = projected[rows, :width], projected[rows, width:]
-        silu = sigmoid(xp, gate)
-        silu *= gate
-        xp.multiply(silu, up, out=gated[rows])
+    gate, up = projected[:, :width], projected[:, width:]  # -> [B*s, f/G], [B*s, f/G]
+    gated = sigmoid(xp, gate)
+    gated *= gate
+    gated *= up
     y = gated @ down  # [B*s, f/G] -> [B*s, h]
     return y.reshape(batch, length, hidden), projected
 
@@ -53,24 +45,23 @@ def swiglu_backward(
 
 
 def gate_backward(xp: Namespace, dgated: Array, projected: Array) -> tuple[Array, Array]:
-    """dgated [B·s, f/G] -> silu(gate) * up [B·s, f/G], computed anew, and the gradients of gate and up [B·s, 2f/G].
+    """dgated [B·s, f/G] -> the gated product silu(gate) * up [B·s, f/G], computed anew, and the
+    gradients of gate and up [B·s, 2f/G].
 
     The plain form of what is done in place here: silu = gate · slope, with slope = sigmoid(gate), and its derivative is
     slope + silu · (1 - slope) = slope · (1 + gate - silu).
     """
     width = dgated.shape[1]
-    gated = xp.empty_like(dgated)
+    gate, up = projected[:, :width], projected[:, width:]  # -> [B*s, f/G], [B*s, f/G]
     dprojected = xp.empty_like(projected)
-    for first in range(0, len(projected), ROWS):
-        rows = slice(first, first + ROWS)
-        gate, up, dhidden = projected[rows, :width], projected[rows, width:], dgated[rows]
-        slope = sigmoid(xp, gate)
-        silu = gate * slope
-        xp.multiply(dhidden, silu, out=dprojected[rows, width:])
-        dgate = gate - silu
-        dgate += 1.0
-        dgate *= slope
-        dgate *= up
-        xp.multiply(dgate, dhidden, out=dprojected[rows, :width])
-        xp.multiply(silu, up, out=gated[rows])
-    return gated, dprojected
+    slope = sigmoid(xp, gate)
+    silu = gate * slope
+    xp.multiply(dgated, silu, out=dprojected[:, width:])
+    # Halves of rows are slow to work on: they are read and written as seldom as can be.
+    dgate = gate - silu
+    dgate += 1.0
+    dgate *= slope
+    dgate *= up
+    xp.multiply(dgate, dgated, out=dprojected[:, :width])
+    silu *= up
+    return silu, dprojected
