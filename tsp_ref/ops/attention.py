@@ -12,7 +12,7 @@ import math
 from ..arrays import Array, Namespace
 from .rotary import rotary_backward, rotary_forward
 
-STRIP = 256
+STRIP = 128
 """Queries of a strip, in the forward, at most: fewer make the matrix products slower (chosen by measurement)."""
 
 CHUNK_BYTES = 512 * 1024
@@ -155,7 +155,7 @@ def attend_backward(
     length, scale = mask.shape[0], q.shape[-1] ** -0.5
     scaled = q * scale
     # A softmax passes on only what differs from the weighted mean of its gradient, which is <dheads, heads>.
-    mean = xp.sum(dheads * heads, axis=-1, keepdims=True)  # [B, K/G, g*s, e] -> [B, K/G, g*s, 1]
+    mean = xp.einsum("bkqe,bkqe->bkq", dheads, heads)[..., None]  # [B, K/G, g*s, e] -> [B, K/G, g*s, 1]
     queries = with_column(xp, scaled, -logsumexp)  # [B, K/G, g*s, e] -> [B, K/G, g*s, e+1]
     centred = with_column(xp, dheads, -mean)  # [B, K/G, g*s, e] -> [B, K/G, g*s, e+1]
     keys, values = with_column(xp, k, 1.0), with_column(xp, v, 1.0)  # -> [B, K/G, n, e+1], [B, K/G, n, e+1]
