@@ -78,8 +78,7 @@ def on_gpus(
         result = main(comm, library)
         comm.finish()
         assert isinstance(comm, GpuCommunicator)
-        if isinstance(comm.transport, StagedTransport):
-            assert comm.transport.pinned_bytes == 0
+        assert comm.transport.pinned_bytes == 0
         assert cupy.gpu.faults == []
         return result
 

@@ -37,6 +37,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "clip": ("a", "a_min", "a_max", "out"),
     "cos": ("x", "*", "out"),
     "divide": ("x1", "x2", "*", "out"),
+    "einsum": ("subscripts", "*operands", "dtype"),
     "empty": ("shape", "dtype", "order"),
     "empty_like": ("prototype", "dtype", "order"),
     "exp": ("x", "*", "out"),
@@ -58,7 +59,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "zeros": ("shape", "dtype", "order"),
     "zeros_like": ("a", "dtype", "order"),
 }
-"""What the project uses, with its arguments as CuPy has them; those after a star by name only."""
+"""What the project uses, or may, with its arguments as CuPy has them; those after a star by name only."""
 
 CONSTANTS = ("inf",)
 
@@ -503,9 +504,10 @@ class StrictCupy:
 def check_call(name: str, given: tuple[Any, ...], named: dict[str, Any]) -> None:
     """A TypeError unless CuPy's function takes such arguments."""
     places = FUNCTIONS[name]
-    by_place = places.index("*") if "*" in places else len(places)
+    stars = [place for place in places if place.startswith("*")]
+    by_place = places.index(stars[0]) if stars else len(places)
     unknown = set(named) - set(places)
-    if len(given) > by_place or unknown:
+    if (len(given) > by_place and stars in ([], ["*"])) or unknown:
         raise TypeError(f"{name} takes {places}: not {len(given)} arguments by place, nor {sorted(unknown)}")
 
 

@@ -148,6 +148,11 @@ class Communicator(ABC):
         if gpu_aware:
             raise UserError("--gpu-aware is for real ranks, whose messages MPI carries: use mpirun, or leave it out")
 
+    @property
+    def pinned_peak(self) -> int:
+        """The most bytes of pinned memory that messages were staged in at a time."""
+        return 0
+
     def progress(self, block: int, slot: int) -> None:
         """Let messages under way move on, if that is asked for (`--progress poll`): the work on a tile begins.
 

@@ -96,6 +96,11 @@ class MPICommunicator(Communicator):
             self.require_gpu_support(device.kind)
         self._transport = DeviceTransport(self, device) if gpu_aware else StagedTransport(self, device)
 
+    @property
+    def pinned_peak(self) -> int:
+        """The most bytes of pinned memory that messages were staged in at a time."""
+        return self._transport.pinned_peak
+
     def require_gpu_support(self, kind: str) -> None:
         """A `UserError` unless MPI says that it takes the memory of GPUs of this kind ("cuda" or "hip"): by one of
         GPU_SUPPORT, asked of the library that mpi4py has loaded, or by Cray's variable. An MPI that does not would read

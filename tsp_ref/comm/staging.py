@@ -11,8 +11,8 @@ waits for it. What cannot go on yet is put off, and moved on whenever any messag
 A receive is complete when its copy is done, so that whatever is launched then finds it there. Messages of one peer and
 tag start in the order of their posts, whatever lies where.
 
-Pinned memory is the host's, and no array of the model's, so it is not in the books of memory (`memory.py`); here is
-counted what of it is in use.
+Pinned memory is the host's, and no array of the model's, so it is not in the books of memory (`memory.py`), which are
+those of the device; what of it is in use is counted here, and `train` shows its peak.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ class Transport:
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
+        self.pinned_bytes = 0  # in use
+        self.pinned_peak = 0
 
     def post(self, request: Request) -> None:
         """Start a message."""
@@ -156,11 +158,6 @@ class DeviceTransport(Transport):
 
 class StagedTransport(DeviceTransport):
     """Through pinned copies in the host's memory, which any MPI can send."""
-
-    def __init__(self, wire: Wire, device: Device) -> None:
-        super().__init__(wire, device)
-        self.pinned_bytes = 0  # in use
-        self.pinned_peak = 0
 
     def _prepare(self, request: Request) -> Journey:
         array, posted = request.array, self.device.mark()

@@ -57,8 +57,8 @@ def train(comm: Communicator, options: TrainOptions, backend: Backend = HOST) ->
         console.print(holdings_table(training))
         peak = backend.peak_bytes()
         if peak is not None:
-            console.print(f"rank 0's pool of GPU memory took {short(peak)}B at most, temporary arrays and all",
-                          highlight=False)
+            console.print(f"rank 0's pool of GPU memory took {short(peak)}B at most, temporary arrays and all; its "
+                          f"messages were staged in {short(comm.pinned_peak)}B of the host's", highlight=False)
         pictures.draw(console, f"step {options.config.steps} of {options.plan}")
         if options.digest:
             text = digest(training)
