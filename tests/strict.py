@@ -10,6 +10,7 @@
 - streams and events are kept account of. Each allocation remembers who read and wrote which bytes, on which stream and
   when; an operation that is not ordered after those that it conflicts with is a `Race`, whatever bits it would see. So
   is a buffer handed to MPI, or read by the host, before the host has seen the end of what computes it.
+- each thread begins on device 0, as in CUDA; what is launched or recorded while another device is current is an error.
 - copies that are asynchronous happen late: when an event after them is first seen to be done, or something waits. Until
   then the target holds rubbish, and so does new memory. An event is not done the first times that it is asked.
 
@@ -95,6 +96,7 @@ class Stream:
     @alone
     def launch(self, reads: list[np.ndarray], writes: list[np.ndarray], late: Callable[[], Any] | None = None) -> None:
         """Enter an operation in the books of the memory that it touches."""
+        self.gpu.require_current()
         merge(self.clock, self.gpu.host)
         self.clock[self.number] = place = self.clock.get(self.number, 0) + 1
         for kind, arrays in (("read", reads), ("write", writes)):
@@ -139,6 +141,7 @@ class Event:
     @alone
     def record(self, stream: Stream) -> None:
         """Here."""
+        self.gpu.require_current()
         merge(stream.clock, self.gpu.host)
         self.stream, self.clock = stream, dict(stream.clock)
 
@@ -333,6 +336,8 @@ class Gpu:
     def __init__(self, seed: int = 0) -> None:
         self.lock = threading.RLock()
         self.random = random.Random(seed)
+        self.number = 0
+        self.chosen = threading.local()
         self.host: Clock = {}
         self.streams: list[Stream] = []
         self.current = self.stream()
@@ -342,8 +347,14 @@ class Gpu:
         self._memory: dict[int, Allocation] = {}
         self._pinned: dict[int, np.ndarray] = {}
 
+    def require_current(self) -> None:
+        """That this thread has chosen the device."""
+        current = getattr(self.chosen, "number", 0)
+        assert current == self.number, f"device {current} is current in this thread, not {self.number}"
+
     def stream(self) -> Stream:
         """A new one."""
+        self.require_current()
         self.streams.append(Stream(self, len(self.streams)))
         return self.streams[-1]
 
@@ -453,10 +464,11 @@ class StrictCupy:
             is_hip=False, getDeviceCount=lambda: gpus, CUDARuntimeError=RuntimeError,
             getDeviceProperties=lambda number: {"name": b"a stand-in for a GPU"})
         self.cuda = SimpleNamespace(
-            Device=lambda number: Device(), Event=self._event, Stream=self._stream, runtime=runtime,
+            Device=lambda number: Device(gpu, number), Event=self._event, Stream=self._stream, runtime=runtime,
             get_current_stream=lambda: gpu.current, alloc_pinned_memory=gpu.alloc_pinned)
 
     def _event(self, *, disable_timing: bool = False) -> Event:
+        self.gpu.require_current()
         return Event(self.gpu)
 
     def _stream(self, *, non_blocking: bool = False) -> Stream:
@@ -512,13 +524,22 @@ def check_call(name: str, given: tuple[Any, ...], named: dict[str, Any]) -> None
 
 
 class Device:
-    """A device that can be made current."""
+    """A device that can be made current in a thread. The one that is used first is the stand-in's."""
+
+    def __init__(self, gpu: Gpu, number: int) -> None:
+        self.gpu, self.number = gpu, number
+        self.before: list[int] = []
 
     def use(self) -> None:
-        """From now on, for this thread."""
+        """From now on."""
+        if not hasattr(self.gpu.chosen, "number"):
+            self.gpu.number = self.number
+        self.gpu.chosen.number = self.number
 
     def __enter__(self) -> Device:
+        self.before.append(getattr(self.gpu.chosen, "number", 0))
+        self.gpu.chosen.number = self.number
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self.gpu.chosen.number = self.before.pop()

@@ -6,6 +6,7 @@ import ast
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import tsp_ref
 from tsp_ref import backend as backends
 from tsp_ref.backend import HOST, Backend, CupyBackend, open_backend
 from tsp_ref.cli import main
+from tsp_ref.comm import mpi
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.config import Config
@@ -230,6 +232,31 @@ class Forgetful(CupyBackend):
 def test_a_crossing_that_is_left_out_is_found(forgotten: str) -> None:
     with pytest.raises(TypeError, match="host"):
         digest_on(Forgetful(forgotten), Plan("single"), 1)
+
+
+@pytest.mark.parametrize(("kind", "answers", "variable", "why"), [
+    ("cuda", {"MPIX_Query_cuda_support": 1}, None, None),  # Open MPI, MPICH
+    ("hip", {"MPIX_Query_rocm_support": 1}, None, None),  # Open MPI
+    ("hip", {"MPIX_Query_hip_support": 1}, None, None),  # MPICH
+    ("hip", {}, "1", None),  # Cray
+    ("hip", {}, "0", "it has no MPIX_Query_rocm_support or MPIX_Query_hip_support"),
+    ("hip", {"MPIX_Query_cuda_support": 1}, None, "it has no MPIX_Query_rocm_support"),
+    ("cuda", {"MPIX_Query_cuda_support": 0}, None, "its MPIX_Query_cuda_support says no"),
+])
+def test_an_mpi_is_asked_whether_it_takes_this_kind_of_gpu(
+    kind: str, answers: dict[str, int], variable: str | None, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = SimpleNamespace(**{name: (lambda answer=answer: answer) for name, answer in answers.items()})
+    monkeypatch.setattr(mpi.ctypes, "CDLL", lambda file: library)
+    monkeypatch.delenv(mpi.CRAY_GPU_SUPPORT, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(mpi.CRAY_GPU_SUPPORT, variable)
+    asked = SimpleNamespace(_library=SimpleNamespace(__file__="", Get_library_version=lambda: "Some MPI 1.0, more"))
+    if why is None:
+        mpi.MPICommunicator.require_gpu_support(asked, kind)  # type: ignore[arg-type]
+    else:
+        with pytest.raises(UserError, match=f"--gpu-aware needs an MPI .*, and Some MPI 1.0 does not say so .{why}"):
+            mpi.MPICommunicator.require_gpu_support(asked, kind)  # type: ignore[arg-type]
 
 
 def test_a_user_error_of_one_rank_stops_all(monkeypatch: pytest.MonkeyPatch) -> None:

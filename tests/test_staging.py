@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from cases import plans, random_text
 from gpu_ranks import GpuCommunicator, on_gpus
-from strict import Race
+from strict import Race, StrictCupy
 from test_backend import CONFIG, digest_on
 
 from tsp_ref import backend as backends
@@ -212,6 +213,19 @@ def test_a_message_that_nobody_waits_for_is_named_at_the_end(gpu_aware: bool) ->
 
     with pytest.raises(MessageError, match="never completed: send on rank 0 to rank 1, tag LOSS"):
         on_gpus(2, forget, gpu_aware)
+
+
+def test_a_thread_that_helps_messages_on_uses_the_rank_s_gpu() -> None:
+    """A new thread begins on GPU 0, whichever the rank has."""
+    backend = CupyBackend(StrictCupy(gpus=2), gpu=1)
+    array, pinned = backend.from_host(np.arange(4.0)), backend.pinned(32)
+    copied: list[Any] = []
+    helper = threading.Thread(target=lambda: copied.append(backend.copy_out(array, pinned, backend.mark())))
+    helper.start()
+    helper.join()
+    while not copied[0].done:
+        pass
+    assert pinned.view(np.float64).tolist() == [0, 1, 2, 3]
 
 
 class CopiesOutTooEarly(CupyBackend):

@@ -26,13 +26,14 @@ from .staging import Device, DeviceTransport, StagedTransport, Transport
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
 HELP_EVERY = 200e-6  # seconds between two looks of a thread that helps messages on
+SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
 GPU_SUPPORT = {
     "cuda": ("MPIX_Query_cuda_support",),  # Open MPI and MPICH
     "hip": ("MPIX_Query_rocm_support", "MPIX_Query_hip_support"),  # Open MPI; MPICH
 }
 """Functions of MPI libraries, not of the standard, that answer whether they take a GPU's memory."""
 CRAY_GPU_SUPPORT = "MPICH_GPU_SUPPORT_ENABLED"  # of Cray's MPICH, for all GPUs
-SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def _first_number(names: tuple[str, ...]) -> int | None:
