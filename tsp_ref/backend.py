@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -203,7 +202,10 @@ def _count_gpus(cupy: Any) -> int:
 def _round_trip(comm: Communicator, backend: Backend) -> bool:
     """Whether a message from GPU memory to the next rank, and one from the rank before, bring the right numbers."""
     following, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-    numbers: Callable[[int], Array] = lambda rank: np.arange(PROBE, dtype=np.float32) + rank  # noqa: E731
+
+    def numbers(rank: int) -> Array:
+        return np.arange(PROBE, dtype=np.float32) + np.float32(rank)
+
     sent, received = backend.from_host(numbers(comm.rank)), backend.from_host(numbers(-1))
     comm.Waitall([comm.Irecv(received, before, ControlTag.CONTROL), comm.Isend(sent, following, ControlTag.CONTROL)])
     return backend.to_host(received).tobytes() == numbers(before).tobytes()
