@@ -84,6 +84,9 @@ class Timeline:
     """The marks of one rank, in the order in which they were made: what happens, when, and what is to be known of it.
 
     A request is named by its id, so that its array is not kept: among those under way an id is unique.
+
+    The times are Python's. A GPU works on after a launch: then "compute" is when work was launched, and what the GPU is
+    still busy with shows as a wait, for the messages that depend on it.
     """
 
     def __init__(self, phase: tuple[str, str]) -> None:

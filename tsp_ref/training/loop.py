@@ -10,6 +10,7 @@ from ..arrays import Namespace
 from ..comm.communicator import Communicator
 from ..config import Config
 from ..errors import AgreedError
+from ..host import Backend
 from ..model import Model
 from ..parameters import Parameters, initial_parameters, zero_parameters
 from ..phase import phase
@@ -31,12 +32,14 @@ class StepReport:
 class Training:
     """The state of a run on one rank: weights, gradients, optimizer, all losses so far."""
 
-    def __init__(self, config: Config, comm: Communicator, plan: Plan, text: Text, xp: Namespace) -> None:
+    def __init__(
+        self, config: Config, comm: Communicator, plan: Plan, text: Text, library: Namespace | Backend
+    ) -> None:
         self.config = config
         self.comm = comm
         self.plan = plan
         self.text = text
-        self.strategy = choose_strategy(plan, comm, config, xp)
+        self.strategy = choose_strategy(plan, comm, config, library)
         self.model = self.strategy.model
         self.weights = initial_parameters(self.model)
         self.gradients = zero_parameters(self.model, "gradients")
