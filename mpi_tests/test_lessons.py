@@ -76,8 +76,8 @@ def test_a_lesson_runs_without_mpirun():
     check_held(Ended(ended.returncode, ended.stdout, ended.stderr, 0.0))
 
 
-def test_there_are_seventeen_lessons_numbered_without_a_gap():
-    assert [name[:2] for name in LESSONS] == [f"{number:02}" for number in range(1, 18)]
+def test_there_are_eighteen_lessons_numbered_without_a_gap():
+    assert [name[:2] for name in LESSONS] == [f"{number:02}" for number in range(1, 19)]
 
 
 FAILING = """
@@ -121,7 +121,7 @@ def test_a_wrong_answer_fails_the_checks_that_are_about_it(n, name, written):
 
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("name", ["14: means", "15: one buffer", "15: nobody looks", "16: a time counts twice",
-                                  "17: nothing written"])
+                                  "17: nothing written", "18: sent at once", "18: nothing written"])
 def test_so_it_does_on_virtual_ranks(name, ranks, written):
     check_failed(called(*written(WRONG[name]), "--ranks", str(ranks)), WRONG[name].fails)
 
