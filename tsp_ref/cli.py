@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from .backend import BACKENDS, Backend, open_backend
 from .comm.communicator import PROGRESS, Communicator
 from .comm.control import agreed
 from .comm.link import parse_link
@@ -141,6 +142,15 @@ def _layout_options(parser: argparse.ArgumentParser) -> None:
                              "attention parts, everything but the layers' inputs; the same bits")
 
 
+def _backend_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", default="numpy", metavar="|".join(BACKENDS),
+                        help="the library that computes: numpy, on the CPU (default); cupy, on a GPU of NVIDIA's or "
+                             "AMD's for each rank, or shared where there are fewer; bits are equal on the same device")
+    parser.add_argument("--gpu-aware", action="store_true",
+                        help="with --backend cupy: hand MPI the GPU's memory, instead of copies in the host's; for an "
+                             "MPI that is built for it")
+
+
 def _travel_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--progress", default="poll", metavar="|".join(PROGRESS),
                         help="who helps messages on while NumPy computes: nobody until a wait; this rank, between "
@@ -150,8 +160,8 @@ def _travel_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--link-shared", action="store_true", help="one link for all of a rank's peers, not one each")
 
 
-def _start(options: argparse.Namespace, main: Callable[[Communicator], int]) -> int:
-    """Start on all ranks, with messages that travel as asked."""
+def _start(options: argparse.Namespace, main: Callable[[Communicator, Backend], int]) -> int:
+    """Start on all ranks, with the arrays that are asked for, and messages that travel as asked."""
 
     def travel(comm: Communicator) -> int:
         def prepare() -> bool:
@@ -159,7 +169,7 @@ def _start(options: argparse.Namespace, main: Callable[[Communicator], int]) -> 
             return True
 
         agreed(comm, prepare)
-        return main(comm)
+        return main(comm, open_backend(options.backend, comm, options.gpu_aware))
 
     return start(travel, options.ranks, options.shuffle, options.debug)
 
@@ -185,6 +195,7 @@ def _common(parser: argparse.ArgumentParser, preset: str, steps: str) -> None:
                         help="N virtual ranks in this process instead of mpirun: repeatable, and easy to debug")
     parser.add_argument("--shuffle", type=int, metavar="SEED",
                         help="with --ranks: a random order of turns and messages; changes no bit of the result")
+    _backend_options(parser)
     _travel_options(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors in the request, too")
 
@@ -201,25 +212,25 @@ def _config(options: argparse.Namespace) -> Config:
 def _train(options: argparse.Namespace) -> int:
     request = TrainOptions(_config(options), _plan(options), options.text, options.digest, options.log,
                            _pictures(options))
-    return _start(options, lambda comm: train(comm, request))
+    return _start(options, lambda comm, backend: train(comm, request, backend))
 
 
 def _verify(options: argparse.Namespace) -> int:
     options.steps = 2 if options.steps is None else options.steps
     config, plan = _config(options), _plan(options)
-    return _start(options, lambda comm: verify(comm, config, plan, options.text))
+    return _start(options, lambda comm, backend: verify(comm, config, plan, options.text, backend))
 
 
 def _compare(options: argparse.Namespace) -> int:
     options.steps = 2 if options.steps is None else options.steps
     config, plan = _config(options), Plan(layout=options.layout, recompute=options.recompute)
-    return _start(options, lambda comm: compare(comm, config, plan, options.text, options.json))
+    return _start(options, lambda comm, backend: compare(comm, config, plan, options.text, options.json, backend))
 
 
 def _overlap(options: argparse.Namespace) -> int:
     request = OverlapOptions(_config(options), _plan(options), options.text, options.json, options.repeats,
                              _pictures(options))
-    return _start(options, lambda comm: overlap(comm, request))
+    return _start(options, lambda comm, backend: overlap(comm, request, backend))
 
 
 def _fields() -> str:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .arrays import Array, Namespace, Tiles
+from .backend import Backend, backend_of
 from .config import Config
-from .counted import CountedNumpy
 from .errors import UserError
 from .grid import ALONE, Grid, Place
 from .memory import Memory
@@ -24,7 +24,9 @@ class Model:
     """A model as one rank sees it, without its weights. A single process is alone on both axes.
 
     config     as given
-    xp         as given; if `counted`, NumPy whose arrays and products are all entered in the books
+    backend    the library that computes, as given or over the namespace that was given; if `counted`, NumPy whose
+               arrays and products are all entered in the books
+    xp         its namespace
     grid       from the rank's places on the axis of weights and on that of tokens, and the layout
     recompute  what the backward computes anew rather than find kept: "none", "attention" (everything between the
                input and the output of an attention part), "full" (everything but the layers' inputs)
@@ -34,7 +36,7 @@ class Model:
     """
 
     def __init__(
-        self, config: Config, xp: Namespace, weight_axis: Place = ALONE, token_axis: Place = ALONE, *,
+        self, config: Config, library: Namespace | Backend, weight_axis: Place = ALONE, token_axis: Place = ALONE, *,
         layout: str = "zigzag", recompute: str = "none", counted: bool = False
     ) -> None:
         if recompute not in RECOMPUTE:
@@ -42,7 +44,9 @@ class Model:
         self.config = config
         self.memory = Memory()
         self.work = Work()
-        self.xp = CountedNumpy(self.memory, self.work) if counted else xp
+        backend = backend_of(library)
+        self.backend = backend.counted(self.memory, self.work) if counted else backend
+        self.xp = self.backend.xp
         self.grid = Grid(config.blocks, config.tiles, config.tile_len, weight_axis, token_axis, layout)
         self.recompute = recompute
         self.coming: dict[int, Any] = {}  # by tag: what has set off to this rank for a part to come
@@ -68,3 +72,7 @@ class Model:
     def empty(self, kind: str, *shape: int) -> Array:
         """A new array of the model's dtype, counted in this rank's memory as `kind`."""
         return self.memory.track(kind, self.xp.empty(shape, dtype=self.config.dtype))
+
+    def number(self, array: Array) -> float:
+        """The number in an array of one element, once it is computed."""
+        return float(self.backend.to_host(array).item())

@@ -116,7 +116,7 @@ def initial_parameters(model: Model) -> Parameters:
         for array, block in zip(tensor, model.grid.blocks):
             generator = np.random.default_rng([config.seed, number, block])
             drawn = generator.standard_normal(array.shape, dtype=np.dtype(config.dtype).type)
-            array[...] = model.xp.asarray(0.02 * drawn)
+            array[...] = model.backend.from_host(0.02 * drawn)
             for field, matrix in named_views(config, name, array).items():
                 if field in ("wo", "down"):
                     matrix *= (2 * config.num_layers) ** -0.5

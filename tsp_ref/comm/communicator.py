@@ -15,6 +15,7 @@ from typing import Any
 from ..arrays import Array
 from ..errors import MessageError, UserError
 from .link import Link
+from .staging import Device
 from .timeline import Timeline
 
 LONGEST_SLEEP = 100e-6  # seconds: other messages may arrive meanwhile
@@ -106,6 +107,8 @@ class Communicator(ABC):
         self.link: Link | None = None
         self.script: list[Event] | None = None  # a list, to have what happens written down in it
         self.timeline: Timeline | None = None  # one, to have it recorded when what happens
+        self.process_on_node = (0, 1)  # this process's number on its machine, and how many of this job are there
+        self.ranks_in_process = 1
         self._open: dict[int, Request] = {}
         self._lock: AbstractContextManager[Any] = nullcontext()  # a real one where a second thread helps
 
@@ -138,6 +141,12 @@ class Communicator(ABC):
         if progress not in PROGRESS:
             raise UserError(f"--progress {progress} is unknown: use one of {', '.join(PROGRESS)}")
         self.progress_mode, self.link = progress, link
+
+    def carry(self, device: Device, gpu_aware: bool) -> None:
+        """From now on carry a device's arrays too: by copies in the host's memory, or if `gpu_aware` as they lie. Here
+        for communicators that copy from array to array, on whatever device both are."""
+        if gpu_aware:
+            raise UserError("--gpu-aware is for real ranks, whose messages MPI carries: use mpirun, or leave it out")
 
     def progress(self, block: int, slot: int) -> None:
         """Let messages under way move on, if that is asked for (`--progress poll`): the work on a tile begins.

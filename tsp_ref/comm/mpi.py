@@ -5,6 +5,7 @@ This is the only file that imports mpi4py.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import sys
@@ -17,12 +18,20 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays import Array
 from ..errors import MessageError, UserError
 from .communicator import Communicator, Request
 from .link import Link
+from .staging import Device, DeviceTransport, StagedTransport, Transport
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
 HELP_EVERY = 200e-6  # seconds between two looks of a thread that helps messages on
+GPU_SUPPORT = {
+    "cuda": ("MPIX_Query_cuda_support",),  # Open MPI and MPICH
+    "hip": ("MPIX_Query_rocm_support", "MPIX_Query_hip_support"),  # Open MPI; MPICH
+}
+"""Functions of MPI libraries, not of the standard, that answer whether they take a GPU's memory."""
+CRAY_GPU_SUPPORT = "MPICH_GPU_SUPPORT_ENABLED"  # of Cray's MPICH, for all GPUs
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
@@ -52,7 +61,9 @@ class MPICommunicator(Communicator):
         self._library = mpi
         self._send = self.mpi.Issend if synchronous else self.mpi.Isend
         self._status = mpi.Status()
+        self._transport = Transport(self)
         node = self.mpi.Split_type(mpi.COMM_TYPE_SHARED)
+        self.process_on_node = node.Get_rank(), node.Get_size()
         self._crowded = node.Get_size() > _cores()
         node.Free()
 
@@ -79,17 +90,44 @@ class MPICommunicator(Communicator):
             except MessageError as error:
                 request.error = error  # raised where the message is waited for: MPI reports it only once
 
+    def carry(self, device: Device, gpu_aware: bool) -> None:
+        """A device's arrays are staged in the host's memory, or handed to an MPI that says that it takes them."""
+        if gpu_aware:
+            self.require_gpu_support(device.kind)
+        self._transport = DeviceTransport(self, device) if gpu_aware else StagedTransport(self, device)
+
+    def require_gpu_support(self, kind: str) -> None:
+        """A `UserError` unless MPI says that it takes the memory of GPUs of this kind ("cuda" or "hip"): by one of
+        GPU_SUPPORT, asked of the library that mpi4py has loaded, or by Cray's variable. An MPI that does not would read
+        the address as one of the host's, and end the process."""
+        if os.environ.get(CRAY_GPU_SUPPORT) == "1":
+            return
+        loaded = ctypes.CDLL(self._library.__file__)
+        found = [name for name in GPU_SUPPORT[kind] if hasattr(loaded, name)]
+        if not any(getattr(loaded, name)() for name in found):
+            why = f"its {found[0]} says no" if found else f"it has no {' or '.join(GPU_SUPPORT[kind])}"
+            raise UserError(f"--gpu-aware needs an MPI that takes GPU memory, and {vendor(self._library)} does not say "
+                            f"so ({why}, and {CRAY_GPU_SUPPORT}=1 is not set): leave --gpu-aware out, or use an MPI "
+                            f"built for {'ROCm' if kind == 'hip' else 'CUDA'}")
+
     def _start(self, request: Request) -> None:
-        buffer = [request.array, self._library.BYTE]
+        self._transport.post(request)
+
+    def _test(self, request: Request) -> bool:
+        return self._transport.test(request)
+
+    def begin(self, request: Request, buffer: Array) -> Any:
+        """Hand MPI a message with this buffer, of the host's memory or of a GPU's; MPI's request."""
         start = self._send if request.verb == "send" else self.mpi.Irecv
         try:
-            request.handle = start(buffer, request.peer, int(request.tag))
+            return start([buffer, self._library.BYTE], request.peer, int(request.tag))
         except self._library.Exception as error:
             raise MessageError(f"{request}: {error}") from None
 
-    def _test(self, request: Request) -> bool:
+    def over(self, request: Request, handle: Any) -> bool:
+        """Whether MPI is through with a message; raises if it arrived in another size."""
         try:
-            if not request.handle.Test(self._status):
+            if not handle.Test(self._status):
                 return False
         except self._library.Exception as error:
             raise MessageError(f"{request}: {error}") from None
@@ -124,6 +162,11 @@ class MPICommunicator(Communicator):
         os._exit(code)  # MPICH's Abort may return before this process is ended, and what comes after must not run
 
 
+def vendor(library: Any) -> str:
+    """The name and version of an MPI library, as it gives them."""
+    return str(library.Get_library_version()).strip().split("\n")[0].split(",")[0].strip("\x00 ")
+
+
 def open_world() -> MPICommunicator:
     """The communicator of all ranks that the launcher started; from here on an exception on one rank ends the job."""
     try:
@@ -134,9 +177,9 @@ def open_world() -> MPICommunicator:
                         "without mpirun and with --ranks N") from None
     wanted, found = _first_number(SIZE_VARIABLES), MPI.COMM_WORLD.Get_size()
     if wanted is not None and wanted != found:
-        vendor = MPI.Get_library_version().strip().split("\n")[0].split(",")[0].strip("\x00 ")
         raise UserError(f"mpirun started {wanted} ranks, but each finds itself rank 0 of {found}: the launcher is not "
-                        f"of the MPI that Python loads ({vendor}); use the mpirun beside this environment's python")
+                        f"of the MPI that Python loads ({vendor(MPI)}); use the mpirun beside this environment's "
+                        "python")
     world = MPICommunicator(MPI)
     sys.excepthook = lambda kind, error, trace: fail(world, error, trace)
     return world

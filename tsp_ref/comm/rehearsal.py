@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 
-from ..arrays import Array
+from ..arrays import Array, Namespace
 from .communicator import Communicator, Event, Request
 
 
-def replay(comm: Communicator, script: list[Event]) -> None:
-    """Post and wait for the same messages in the same order, with nothing computed in between."""
+def replay(comm: Communicator, script: list[Event], xp: Namespace = np) -> None:
+    """Post and wait for the same messages in the same order, from memory of the same kind, with nothing computed in
+    between."""
     idle: defaultdict[tuple[str, int], list[Array]] = defaultdict(list)  # buffers by verb and size, used again
     under_way: dict[int, Request] = {}
     for event in script:
         if event.what == "post":
             spare = idle[event.verb, event.size]
-            buffer = spare.pop() if spare else np.zeros(event.size, dtype=np.uint8)
+            buffer = spare.pop() if spare else xp.zeros(event.size, dtype=np.uint8)
             start = comm.Isend if event.verb == "send" else comm.Irecv
             under_way[event.request] = start(buffer, event.peer, event.tag)
         elif event.request in under_way:
@@ -29,8 +31,10 @@ def replay(comm: Communicator, script: list[Event]) -> None:
 class LocalCopies(Communicator):
     """A communicator without messages: what is received is copied from the rank's own memory, at once."""
 
-    def __init__(self, rank: int, size: int) -> None:
+    def __init__(self, rank: int, size: int, from_host: Callable[[Array], Array] = lambda array: array) -> None:
+        """from_host: what makes a host's array one of those that are received into."""
         super().__init__(rank, size)
+        self._from_host = from_host
         self._sources: dict[tuple[tuple[int, ...], str], Array] = {}
 
     def _start(self, request: Request) -> None:
@@ -40,7 +44,7 @@ class LocalCopies(Communicator):
             if key not in self._sources:
                 # Numbers as weights and activations have them: no operation is slower or faster for them.
                 drawn = 0.02 * np.random.default_rng(0).standard_normal(array.shape)
-                self._sources[key] = drawn.astype(array.dtype)
+                self._sources[key] = self._from_host(drawn.astype(array.dtype))
             array[...] = self._sources[key]
 
     def _test(self, request: Request) -> bool:

@@ -3,6 +3,10 @@
 Only one rank runs at a time; it hands on the turn when it has to wait. So a run is repeatable: the turns and the order
 in which messages are delivered follow from the seed, or are the order of posting where none is given.
 
+Arrays of a GPU are copied there, on the stream on which all virtual ranks of a process compute. So a delivery comes, in
+the GPU's order, after all kernels that were launched before it and before all that are launched after it, and needs no
+event: the order in which Python runs is the order of everything.
+
 It is stricter than MPI, on purpose. A message is copied straight from the sender's array, and late: when no rank can go
 on without it, or with a seed by chance. So a send buffer that is changed too early, or a receive buffer that is read
 too early, changes bits. No send completes before its receive is posted, so a program that relies on buffering stops
@@ -36,6 +40,7 @@ class VirtualCommunicator(Communicator):
     def __init__(self, world: VirtualWorld, rank: int) -> None:
         super().__init__(rank, world.size)
         self.world = world
+        self.ranks_in_process = world.size
 
     def travel_by(self, progress: str, link: Link | None) -> None:
         """As for real ranks, but only one virtual rank runs at a time, so no thread can help it."""

@@ -18,19 +18,21 @@ from rich.table import Table
 
 from .. import threads
 from ..arrays import Array
+from ..backend import HOST, Backend
 from ..comm.communicator import Communicator
 from ..comm.control import agreed, all_gather, from_root, gather_texts
 from ..comm.virtual import VirtualWorld
 from ..config import Config
 from ..errors import UserError
 from ..formulas.memory import model_state_bytes
-from ..memory import KINDS
+from ..memory import KINDS, Memory
 from ..phase import Phase
 from ..terminal import console_for
 from ..training.collect import digest
 from ..training.data import Text, load_text, require_same_text
 from ..training.loop import Training
 from ..training.strategy import Plan, choose_strategy, meshes
+from ..work import Work
 from .files import WholeFile
 from .holdings import short
 
@@ -68,14 +70,17 @@ class Peak:
 
 # A loss that overflows ends the run with one line; NumPy would warn on every rank besides.
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
-def compare(comm: Communicator, config: Config, plan: Plan, text_paths: list[str] | None, json_file: str | None) -> int:
+def compare(
+    comm: Communicator, config: Config, plan: Plan, text_paths: list[str] | None, json_file: str | None,
+    backend: Backend = HOST
+) -> int:
     """Measure all schedules at this N, with the plan's layout and recomputation; 0 if they agree in every bit, else 1.
 
     First each schedule is trained for `config.steps` steps with everything counted. Then each is timed, without
     counting, by turns, so that a disturbance of the machine does not fall on one alone.
     """
     console = console_for(comm.rank)
-    text, file = agreed(comm, lambda: _prepare(comm, config, text_paths, json_file))
+    text, file = agreed(comm, lambda: _prepare(comm, config, text_paths, json_file, backend))
     require_same_text(comm, text)
     plans, refused = _plans(comm, config, plan)
     _greet(console, comm, config, text, plan, plans)
@@ -97,10 +102,11 @@ def compare(comm: Communicator, config: Config, plan: Plan, text_paths: list[str
 
 
 def _prepare(
-    comm: Communicator, config: Config, text_paths: list[str] | None, json_file: str | None
+    comm: Communicator, config: Config, text_paths: list[str] | None, json_file: str | None, backend: Backend
 ) -> tuple[Text, WholeFile]:
     """All that can be refused, before anything is measured."""
     threads.require_one("compare")
+    backend.counted(Memory(), Work())  # which refuses where nothing could be counted
     return load_text(text_paths, config), WholeFile("--json", json_file if comm.rank == 0 else None)
 
 

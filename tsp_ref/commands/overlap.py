@@ -13,6 +13,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..backend import HOST, Backend
 from ..comm.communicator import Communicator, Event
 from ..comm.control import agreed, all_gather, from_root
 from ..comm.rehearsal import LocalCopies, replay
@@ -62,18 +63,21 @@ class Overlap:
 class Rehearsed:
     """A step, or its forward, of one plan on this rank, that can be run whole or by halves."""
 
-    def __init__(self, comm: Communicator, options: OverlapOptions, text: Text, backward: bool) -> None:
+    def __init__(
+        self, comm: Communicator, options: OverlapOptions, text: Text, backward: bool, backend: Backend = HOST
+    ) -> None:
         self.comm = comm
+        self.backend = backend
         self.backward = backward
         self.whole = self._step(comm, options, text)
-        self.computed = self._step(LocalCopies(comm.rank, comm.size), options, text)
+        self.computed = self._step(LocalCopies(comm.rank, comm.size, backend.from_host), options, text)
         self.script: list[Event] = []
         comm.script = self.script
         self.whole()
         comm.script = None
 
     def _step(self, comm: Communicator, options: OverlapOptions, text: Text) -> Callable[[], None]:
-        strategy = choose_strategy(options.plan, comm, options.config, np)
+        strategy = choose_strategy(options.plan, comm, options.config, self.backend)
         weights, gradients = initial_parameters(strategy.model), zero_parameters(strategy.model, "gradients")
         tokens, targets = batch(strategy.model, text, TRAINING, 0)
 
@@ -87,22 +91,22 @@ class Rehearsed:
 
     def messages(self) -> None:
         """The messages alone."""
-        replay(self.comm, self.script)
+        replay(self.comm, self.script, self.backend.xp)
 
 
-def overlap(comm: Communicator, options: OverlapOptions) -> int:
+def overlap(comm: Communicator, options: OverlapOptions, backend: Backend = HOST) -> int:
     """Time messages, computation and both by turns, for a forward and for forward and backward. Returns 0."""
     console = console_for(comm.rank)
-    text, pictures, file = agreed(comm, lambda: _prepare(comm, options))
+    text, pictures, file = agreed(comm, lambda: _prepare(comm, options, backend))
     found = []
     for part, backward in (("forward", False), ("forward+backward", True)):
-        step = Rehearsed(comm, options, text, backward)
+        step = Rehearsed(comm, options, text, backward, backend)
         runs = (step.messages, step.computed, step.whole)
         seconds: list[list[float]] = [[], [], []]
         for number in range(options.repeats):
             console.print(f"{part}, round {number + 1}/{options.repeats}", highlight=False)
             for taken, run in zip(seconds, runs):
-                taken.append(_slowest(comm, run))
+                taken.append(_slowest(comm, run, backend))
         found.append(Overlap(str(options.plan), part, *map(median, seconds)))
     with pictures.recording():
         step.whole()
@@ -114,22 +118,26 @@ def overlap(comm: Communicator, options: OverlapOptions) -> int:
     return 0
 
 
-def _prepare(comm: Communicator, options: OverlapOptions) -> tuple[Text, Pictures, WholeFile]:
+def _prepare(
+    comm: Communicator, options: OverlapOptions, backend: Backend
+) -> tuple[Text, Pictures, WholeFile]:
     """All that can be refused, before anything is timed."""
     if options.plan.schedule == "single":
         raise UserError("--schedule single sends no messages: use one of tp, sp, tp+sp, tsp")
     if options.repeats < 1:
         raise UserError(f"--repeats {options.repeats} is not valid: use 1 or more")
-    choose_strategy(options.plan, comm, options.config, np)
+    choose_strategy(options.plan, comm, options.config, backend)
     file = WholeFile("--json", options.json_file if comm.rank == 0 else None)
     return load_text(options.text, options.config), Pictures(comm, options.pictures, options.plan.schedule), file
 
 
-def _slowest(comm: Communicator, run: Callable[[], None]) -> float:
-    """The time of the slowest rank, when all have begun together."""
+def _slowest(comm: Communicator, run: Callable[[], None], backend: Backend) -> float:
+    """The time of the slowest rank, when all have begun together, until all that was launched is done."""
+    backend.synchronise()
     from_root(comm, 0)
     begin = time.perf_counter()
     run()
+    backend.synchronise()
     mine = np.array([time.perf_counter() - begin])
     return max(float(row[0]) for row in all_gather(comm, mine))
 

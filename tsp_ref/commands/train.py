@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import threads
+from ..backend import HOST, Backend
 from ..comm.communicator import Communicator
 from ..comm.control import agreed
 from ..config import Config
@@ -40,9 +41,9 @@ class TrainOptions:
     pictures: PictureOptions = field(default_factory=PictureOptions)
 
 
-def train(comm: Communicator, options: TrainOptions) -> int:
+def train(comm: Communicator, options: TrainOptions, backend: Backend = HOST) -> int:
     """Train, and report on rank 0. Returns the exit code."""
-    training, pictures, log = agreed(comm, lambda: _prepare(comm, options))
+    training, pictures, log = agreed(comm, lambda: _prepare(comm, options, backend))
     require_same_text(comm, training.text)
     console = console_for(comm.rank)
     _greet(console, training, options)
@@ -54,6 +55,10 @@ def train(comm: Communicator, options: TrainOptions) -> int:
                       f"{training.losses[0]:.4f} -> {training.losses[-1]:.4f}", highlight=False)
         _write(log, {"validation_loss": validation})
         console.print(holdings_table(training))
+        peak = backend.peak_bytes()
+        if peak is not None:
+            console.print(f"rank 0's pool of GPU memory took {short(peak)}B at most, temporary arrays and all",
+                          highlight=False)
         pictures.draw(console, f"step {options.config.steps} of {options.plan}")
         if options.digest:
             text = digest(training)
@@ -62,13 +67,15 @@ def train(comm: Communicator, options: TrainOptions) -> int:
     return 0
 
 
-def _prepare(comm: Communicator, options: TrainOptions) -> tuple[Training, Pictures, IO[str] | None]:
+def _prepare(
+    comm: Communicator, options: TrainOptions, backend: Backend
+) -> tuple[Training, Pictures, IO[str] | None]:
     """All that can be refused, before the first message of the model."""
     if options.digest:
         threads.require_one("--digest")
     text = load_text(options.text, options.config)
     pictures = Pictures(comm, options.pictures, options.plan.schedule)
-    training = Training(options.config, comm, options.plan, text, np)
+    training = Training(options.config, comm, options.plan, text, backend)
     return training, pictures, _open_log(options) if comm.rank == 0 else None
 
 
@@ -90,6 +97,7 @@ def _greet(console: Console, training: Training, options: TrainOptions) -> None:
     console.print(f"{options.plan} on {ranks}: {config.num_parameters:,} parameters in {config.dtype}, "
                   f"{config.batch_size} sequences of {config.seq_len} bytes a step, {config.blocks} weight blocks, "
                   f"{config.tiles} token tiles")
+    console.print(f"arrays: {training.model.backend.describe()}", highlight=False, markup=False)
     console.print(f"text: {training.text.source}, {len(training.text.training):,} bytes to learn, "
                   f"{len(training.text.validation):,} held out", highlight=False, markup=False)
 

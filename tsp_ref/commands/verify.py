@@ -13,6 +13,7 @@ from rich.console import Console
 from .. import threads
 from ..activations import Saved
 from ..arrays import Array
+from ..backend import HOST, Backend
 from ..comm.communicator import Communicator
 from ..comm.control import agreed, all_gather, from_root
 from ..comm.virtual import VirtualWorld
@@ -73,17 +74,22 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def verify(comm: Communicator, config: Config, plan: Plan, text_paths: list[str] | None = None) -> int:
-    """Run `config.steps` training steps both ways and compare everything. 0 if every bit agrees, else 1."""
+def verify(
+    comm: Communicator, config: Config, plan: Plan, text_paths: list[str] | None = None, backend: Backend = HOST
+) -> int:
+    """Run `config.steps` training steps both ways and compare everything. 0 if every bit agrees, else 1.
+
+    Both are computed by the same library, on the same kind of device: bits are compared on the host.
+    """
 
     def prepare() -> Training:
         threads.require_one("verify")
-        return Training(config, comm, plan, load_text(text_paths, config), np)
+        return Training(config, comm, plan, load_text(text_paths, config), backend)
 
     run = agreed(comm, prepare)
     # Rank 0 holds a whole second model to compare with; the run itself stays sharded.
     alone = VirtualWorld(1).communicators[0]
-    reference = Training(config, alone, Plan("single"), run.text, np) if comm.rank == 0 else None
+    reference = Training(config, alone, Plan("single"), run.text, backend) if comm.rank == 0 else None
     console, judge = console_for(comm.rank), Judge()
     for step in range(config.steps):
         console.print(f"step {step + 1}/{config.steps}", highlight=False)
@@ -103,13 +109,14 @@ def compare_step(judge: Judge, run: Training, reference: Training | None) -> Non
     if reference and reference_saved:
         reference.strategy.backward(reference_saved, reference.weights, reference.gradients)
     norm = run.update()
+    to_host = run.model.backend.to_host
     compare_copies(judge, "gradient norm", run, norm, reference.update() if reference else None, step)
     # The update leaves the gradients as they are, so they can be compared after it.
     wanted = held_parameters(reference) if reference else {}
     for prefix, found in held_parameters(run).items():
         compare_parameters(judge, prefix, run, found, wanted.get(prefix), step)
-        gains = wanted[prefix].gains if reference else None
-        compare_copies(judge, f"{prefix}gains", run, found.gains, gains, step)
+        gains = to_host(wanted[prefix].gains) if reference else None
+        compare_copies(judge, f"{prefix}gains", run, to_host(found.gains), gains, step)
 
 
 def held_parameters(training: Training) -> dict[str, Parameters]:
@@ -121,7 +128,7 @@ def held_parameters(training: Training) -> dict[str, Parameters]:
 def compare_copies(
     judge: Judge, name: str, run: Training, found: Array | float, wanted: Array | float | None, step: str
 ) -> None:
-    """Something that every rank holds, so every rank's copy."""
+    """Something that every rank holds, so every rank's copy; arrays are the host's."""
     for rank, copy in enumerate(all_gather(run.comm, np.atleast_1d(found))):
         if wanted is not None:
             judge.compare(name, f"{step}, rank {rank}", copy, np.atleast_1d(wanted))
@@ -131,12 +138,12 @@ def compare_parameters(
     judge: Judge, prefix: str, run: Training, found: Parameters, wanted: Parameters | None, step: str
 ) -> None:
     """Every matrix of every block."""
-    wanted_tensors = dict(wanted.tensors()) if wanted else {}
+    wanted_tensors, to_host = dict(wanted.tensors()) if wanted else {}, run.model.backend.to_host
     for name, block, holder, array in stream_blocks(run.comm, run.model, found, copies=True):
         if wanted is None:
             continue
-        pairs = zip(named_views(run.config, name, array).items(),
-                    named_views(run.config, name, wanted_tensors[name][block]).values())
+        pairs = zip(named_views(run.config, name, to_host(array)).items(),
+                    named_views(run.config, name, to_host(wanted_tensors[name][block])).values())
         for (matrix, one), other in pairs:
             full = name if matrix == "table" else f"{name}.{matrix}"
             judge.compare(prefix + full, f"{step}, block {block}, rank {holder}", one, other)
@@ -167,10 +174,11 @@ def compare_tiles(
 
     What nobody holds, because it is to be computed anew, has no verdict.
     """
+    to_host = run.model.backend.to_host
     for key, ranks in zip(keys, holders(run.comm, keys, found.__contains__)):
         shape = wanted[key].shape if wanted else ()
         for holder in ranks:
             array = stream(run.comm, run.model, holder, shape, partial(found.__getitem__, key))
             if array is not None and wanted:
                 where = f"block {key[0]}, slot {key[1]}" if isinstance(key, tuple) else f"slot {key}"
-                judge.compare(name, f"{step}, {where}, rank {holder}", array, wanted[key])
+                judge.compare(name, f"{step}, {where}, rank {holder}", to_host(array), to_host(wanted[key]))

@@ -201,7 +201,7 @@ def mean_loss(model: Model, sums: Tiles) -> float:
     tree = Tree[Array](range(model.config.tiles))
     for slot in model.grid.slots:
         tree.add(slot, sums[slot])
-    return float(tree.total[0]) / (model.config.batch_size * model.config.seq_len)
+    return model.number(tree.total) / (model.config.batch_size * model.config.seq_len)
 
 
 @phase("gains", "backward")
@@ -253,4 +253,4 @@ def gradient_norm(model: Model, gradients: Parameters) -> float:
     tree = Tree[Array](range(model.config.blocks))
     for position, block in enumerate(model.grid.blocks):
         tree.add(block, squares(model, gradients, position))
-    return float(xp.sqrt(xp.sum(tree.total) + xp.sum(gradients.gains * gradients.gains)))
+    return model.number(xp.sqrt(xp.sum(tree.total) + xp.sum(gradients.gains * gradients.gains)))

@@ -244,7 +244,7 @@ def mean_loss(comm: Communicator, model: Model, sums: Tiles) -> float:
     tree = Tree[Array](range(model.config.tiles))
     for slot in model.grid.slots:
         tree.add(slot, sums[slot])
-    return float(tree.total[0]) / (model.config.batch_size * model.config.seq_len)
+    return model.number(tree.total) / (model.config.batch_size * model.config.seq_len)
 
 
 @phase("gains", "backward")
@@ -297,4 +297,4 @@ def gradient_norm(comm: Communicator, model: Model, gradients: Parameters) -> fl
     grid, xp = model.grid, model.xp
     partials = {block: squares(model, gradients, position) for position, block in enumerate(grid.blocks)}
     total = all_reduce(comm, grid.blocks_of, partials, Tag.GRADIENT_NORM)
-    return float(xp.sqrt(xp.sum(total) + xp.sum(gradients.gains * gradients.gains)))
+    return model.number(xp.sqrt(xp.sum(total) + xp.sum(gradients.gains * gradients.gains)))

@@ -304,7 +304,7 @@ def head_backward(
 def mean_loss(mesh: Mesh, model: Model, sums: Tiles) -> float:
     """The mean over all tokens, on every rank, of slot -> [1], the sum of a tile's losses."""
     total = all_reduce(mesh.tokens, model.grid.slots_of, sums, Tag.LOSS)
-    return float(total[0]) / (model.config.batch_size * model.config.seq_len)
+    return model.number(total) / (model.config.batch_size * model.config.seq_len)
 
 
 @phase("gains", "backward")
@@ -356,4 +356,4 @@ def gradient_norm(mesh: Mesh, model: Model, gradients: Parameters) -> float:
     grid, xp = model.grid, model.xp
     partials = {block: squares(model, gradients, position) for position, block in enumerate(grid.blocks)}
     total = all_reduce(mesh.weights, grid.blocks_of, partials, Tag.GRADIENT_NORM)
-    return float(xp.sqrt(xp.sum(total) + xp.sum(gradients.gains * gradients.gains)))
+    return model.number(xp.sqrt(xp.sum(total) + xp.sum(gradients.gains * gradients.gains)))

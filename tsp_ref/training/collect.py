@@ -67,7 +67,7 @@ def odd_copies(comm: Communicator, model: Model, parameters: Parameters) -> byte
     rows = [number * model.config.blocks + block for number in range(len(names)) for block in model.grid.blocks]
     arrays = [array for _, tensor in parameters.tensors() for array in tensor]
     for row, array in zip([*rows, -1], [*arrays, parameters.gains]):
-        mine[row] = np.frombuffer(hashlib.sha256(array.tobytes()).digest(), dtype=np.uint8)
+        mine[row] = np.frombuffer(hashlib.sha256(model.backend.to_host(array).tobytes()).digest(), dtype=np.uint8)
     odd = b""
     for copies in zip(*all_gather(comm, mine)):
         found = [copy.tobytes() for copy in copies if copy.any()]
@@ -84,9 +84,9 @@ def digest(training: Training) -> str:
     sha = hashlib.sha256()
     losses = training.losses + training.validation_losses
     sha.update(struct.pack(f"<{len(losses)}d", *losses))
-    optimizer = training.optimizer
+    optimizer, to_host = training.optimizer, training.model.backend.to_host
     for parameters in (training.gradients, training.weights, optimizer.first, optimizer.second):
         for _, _, _, array in stream_blocks(training.comm, training.model, parameters):
-            sha.update(array.tobytes())
-        sha.update(parameters.gains.tobytes() + odd_copies(training.comm, training.model, parameters))
+            sha.update(to_host(array).tobytes())
+        sha.update(to_host(parameters.gains).tobytes() + odd_copies(training.comm, training.model, parameters))
     return sha.hexdigest() if training.comm.rank == 0 else ""

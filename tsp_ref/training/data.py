@@ -112,7 +112,7 @@ def batch(model: Model, text: Text, part: int, number: int) -> tuple[Tiles, Tile
     def cut(slot: int, shift: int) -> Array:
         tokens = grid.tokens(slot)
         rows = [source[start + tokens.start + shift : start + tokens.stop + shift] for start in starts]
-        return model.xp.asarray(np.stack(rows).astype(np.int64))
+        return model.backend.from_host(np.stack(rows).astype(np.int64))
 
     # The target of a token is the token after it.
     return {slot: cut(slot, 0) for slot in grid.slots}, {slot: cut(slot, 1) for slot in grid.slots}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..activations import Saved
 from ..arrays import Namespace
+from ..backend import Backend
 from ..comm.communicator import Communicator
 from ..config import Config
 from ..errors import AgreedError
@@ -31,12 +32,14 @@ class StepReport:
 class Training:
     """The state of a run on one rank: weights, gradients, optimizer, all losses so far."""
 
-    def __init__(self, config: Config, comm: Communicator, plan: Plan, text: Text, xp: Namespace) -> None:
+    def __init__(
+        self, config: Config, comm: Communicator, plan: Plan, text: Text, library: Namespace | Backend
+    ) -> None:
         self.config = config
         self.comm = comm
         self.plan = plan
         self.text = text
-        self.strategy = choose_strategy(plan, comm, config, xp)
+        self.strategy = choose_strategy(plan, comm, config, library)
         self.model = self.strategy.model
         self.weights = initial_parameters(self.model)
         self.gradients = zero_parameters(self.model, "gradients")

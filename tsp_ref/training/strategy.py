@@ -10,6 +10,7 @@ from typing import Any
 
 from ..activations import Saved
 from ..arrays import Namespace, Tiles
+from ..backend import Backend
 from ..comm.communicator import Communicator
 from ..comm.mesh import make_mesh
 from ..config import Config
@@ -54,11 +55,11 @@ class Strategy:
     gradient_norm: Callable[[Parameters], float]
 
 
-def choose_strategy(plan: Plan, comm: Communicator, config: Config, xp: Namespace) -> Strategy:
+def choose_strategy(plan: Plan, comm: Communicator, config: Config, library: Namespace | Backend) -> Strategy:
     """The strategy of a plan on these ranks, or a `UserError` that names what does not fit."""
     if plan.mesh is not None and plan.schedule != "tp+sp":
         raise UserError(f"--mesh {plan.mesh} is for --schedule tp+sp: {plan.schedule} has no mesh, leave it out")
-    build = partial(Model, config, xp, layout=plan.layout, recompute=plan.recompute, counted=plan.counted)
+    build = partial(Model, config, library, layout=plan.layout, recompute=plan.recompute, counted=plan.counted)
     if plan.schedule == "single":
         if comm.size != 1:
             raise UserError(f"--schedule single is one process, and this job has {comm.size} ranks: run it without "
