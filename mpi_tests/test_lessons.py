@@ -9,9 +9,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from answers import OVERLAP, RIGHT, RING, TRACE, WRONG
+from answers import GPU, OVERLAP, RIGHT, RING, TRACE, WRONG
 from lanes import read_trace
 from launcher import ROOT, Ended, environment, mpirun
+from strict import StrictCupy
 
 LESSONS = sorted(path.name for path in (ROOT / "lessons").glob("[0-9][0-9]_*.py"))
 ABOUT_TIME = [OVERLAP, RING, TRACE]
@@ -74,6 +75,15 @@ def test_a_lesson_runs_without_mpirun():
     ended = subprocess.run([sys.executable, path_of(LESSONS[0])], cwd=ROOT, env=environment(), capture_output=True,
                            text=True, timeout=120)
     check_held(Ended(ended.returncode, ended.stdout, ended.stderr, 0.0))
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_lesson_18_runs_on_a_strict_stand_in_for_a_gpu(ranks):
+    """Stricter than CuPy, and not a GPU: what it computes is NumPy's."""
+    with mock.patch.dict(sys.modules, cupy=StrictCupy()):
+        ended = called(path_of(GPU), "--ranks", str(ranks))
+    check_held(ended)
+    assert "On a GPU: CuPy 0 (a stand-in)" in ended.output and "No GPU" not in ended.output
 
 
 def test_there_are_eighteen_lessons_numbered_without_a_gap():
