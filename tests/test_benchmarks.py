@@ -187,7 +187,8 @@ def test_a_dry_run_of_the_gpu_s_benchmark_writes_every_field_and_claims_no_gpu(t
     assert done.returncode == 0, done.stdout + done.stderr
     assert "DRY RUN: no GPU was used." in done.stdout and "on the processor, NO GPU)" in done.stdout
     written = json.loads((tmp_path / "json").read_text())
-    assert (written["benchmark"], written["backend"], written["gpu_used"], written["gpu"]) == ("gpu", "numpy", False, None)
+    assert (written["benchmark"], written["backend"]) == ("gpu", "numpy")
+    assert written["gpu_used"] is False and written["gpu"] is None
     assert set(written["environment"]) >= {"CUPY_TF32", "CUBLAS_WORKSPACE_CONFIG", "ROCBLAS_DEFAULT_ATOMICS_MODE"}
     assert written["holds"] is True and all(map(math.isfinite, numbers(written)))
     row, = written["equality"]["rows"]
