@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 from strict import Array as DeviceArray
 from strict import StrictCupy
 
@@ -37,7 +38,7 @@ class GpuCommunicator(VirtualCommunicator):
     def begin(self, request: Request, buffer: Array) -> Any:
         """As MPI: it takes the memory as it is now, whatever streams there are."""
         raw = buffer.gpu.handed(buffer, request.verb) if isinstance(buffer, DeviceArray) else buffer
-        inner = Request(request.verb, raw, self.rank, request.peer, request.tag)
+        inner = Request(request.verb, raw.reshape(-1).view(np.uint8), self.rank, request.peer, request.tag)
         self.world.post(inner)
         return inner, buffer
 

@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import ctypes
 import random
+import threading
 import weakref
 from collections.abc import Callable, Iterator
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,6 +68,17 @@ Clock = dict[int, int]
 """How far in each stream something is seen to have come."""
 
 
+def alone(method: Callable[..., Any]) -> Callable[..., Any]:
+    """One thread at a time: a second one may help messages on."""
+
+    @wraps(method)
+    def locked(self: Any, *arguments: Any) -> Any:
+        with self.gpu.lock:
+            return method(self, *arguments)
+
+    return locked
+
+
 class Race(AssertionError):
     """Two accesses of the same bytes that nothing orders, or the host's of what it has not waited for."""
 
@@ -78,6 +91,7 @@ class Stream:
         self.clock: Clock = {}
         self.late: list[tuple[int, Callable[[], None]]] = []
 
+    @alone
     def launch(self, reads: list[np.ndarray], writes: list[np.ndarray], late: Callable[[], None] | None = None) -> None:
         """Enter an operation in the books of the memory that it touches."""
         merge(self.clock, self.gpu.host)
@@ -88,10 +102,12 @@ class Stream:
         if late is not None:
             self.late.append((place, late))
 
+    @alone
     def wait_event(self, event: Event) -> None:
         """What is launched from now on comes after the event."""
         merge(self.clock, event.clock)
 
+    @alone
     def synchronize(self) -> None:
         """The host waits for all that was launched."""
         self.catch_up(self.clock)
@@ -119,12 +135,14 @@ class Event:
         self.stream: Stream | None = None
         self.patience = gpu.random.randrange(3)
 
+    @alone
     def record(self, stream: Stream) -> None:
         """Here."""
         merge(stream.clock, self.gpu.host)
         self.stream, self.clock = stream, dict(stream.clock)
 
     @property
+    @alone
     def done(self) -> bool:
         """Whether the stream has come here; if so, the host has seen it."""
         assert self.stream is not None, "an event that was never recorded"
@@ -163,6 +181,7 @@ class Allocation:
                 if start < end and first < stop and "write" in (kind, before) and clock.get(number, 0) < place:
                     raise Race(f"{who} what stream {number} {before}s, in no order")
 
+    @alone
     def seen(self, array: np.ndarray, kind: str, who: str) -> None:
         """A `Race` unless the host has seen the end of all that it must not meet."""
         self.require(*byte_bounds(array), kind, self.gpu.host, None, who)
@@ -185,13 +204,13 @@ class Pointer:
     def copy_to_host_async(self, mem: int, size: int, stream: Stream) -> None:
         """To pinned memory, some time later."""
         source, target = self._array.raw, self._array.gpu.pinned_at(mem, size)
-        stream.launch([source], [target], late=lambda: ctypes.memmove(mem, source.ctypes.data, size))
+        stream.launch([source], [target], lambda: ctypes.memmove(mem, source.ctypes.data, size))
         target[...] = RUBBISH
 
     def copy_from_host_async(self, mem: int, size: int, stream: Stream) -> None:
         """From pinned memory, some time later."""
         target, source = self._array.raw, self._array.gpu.pinned_at(mem, size)
-        stream.launch([source], [target], late=lambda: ctypes.memmove(target.ctypes.data, mem, size))
+        stream.launch([source], [target], lambda: ctypes.memmove(target.ctypes.data, mem, size))
         target.reshape(-1).view(np.uint8)[...] = RUBBISH
 
 
@@ -311,6 +330,7 @@ class Gpu:
     """One device, as one process sees it."""
 
     def __init__(self, seed: int = 0) -> None:
+        self.lock = threading.RLock()
         self.random = random.Random(seed)
         self.host: Clock = {}
         self.streams: list[Stream] = []

@@ -20,6 +20,11 @@ NEVER = {
     "schedules": ("training", "commands", "cli"),
     "training": ("commands", "cli"),
 }
+# What computes, and so is written for any array library.
+FOR_ANY_LIBRARY = ("ops", "schedules", "reference.single", "tilewise", "tree", "activations", "model",
+                   "training.optimizer", "training.loop")
+# The only file that knows CuPy.
+KNOWS_CUPY = "tsp_ref.backend"
 
 # Every schedule, and its name for the ranks that its functions are given first.
 SCHEDULES = {"tp": "comm: Communicator", "sp": "comm: Communicator", "tp_sp": "mesh: Mesh", "tsp": "comm: Communicator"}
@@ -65,6 +70,8 @@ def breaches(modules: Sources) -> list[str]:
                 or (within(name, "mpi4py") and module != "tsp_ref.comm.mpi")
                 or (within(name, *rooms("cli")) and module != "tsp_ref.__main__")
                 or within(name, "pickle")
+                or (within(name, "numpy") and within(module, *rooms(*FOR_ANY_LIBRARY)))
+                or (within(name, *rooms("comm")) and module == "tsp_ref.host")
             )
             if forbidden:
                 found.append(f"{module} imports {name}")
@@ -93,6 +100,20 @@ def pickled_messages(modules: Sources) -> list[str]:
                 owner = ast.unparse(node.func.value)
                 if module == "tsp_ref.comm.mpi" or "mpi" in owner.lower() or "COMM_WORLD" in owner:
                     found.append(f"{module} calls {owner}.{node.func.attr}")
+    return found
+
+
+def knowing_cupy(modules: Sources) -> list[str]:
+    """Modules whose code, not its texts, has CuPy's name in it."""
+    found = []
+    for module, text in modules.items():
+        names: list[str] = list(imports(module, text))
+        for node in ast.walk(ast.parse(text)):
+            names += [str(getattr(node, field, "")) for field in ("id", "attr", "arg")]
+            if isinstance(node, ast.Constant) and str(node.value).isidentifier():  # as import_module is given it
+                names.append(str(node.value))
+        if any("cupy" in name.lower() for name in names):
+            found.append(module)
     return found
 
 
@@ -156,13 +177,16 @@ def test_no_import_breaks_a_rule() -> None:
     ("verify", "from . import cli"),
     ("arrays", "import pickle"),
     ("training.bad", "from pickle import dumps"),
+    ("ops.bad", "import numpy as np"),
+    ("schedules.bad", "from numpy import sum"),
+    ("reference.single", "import numpy"),
 ])
 def test_an_import_that_breaks_a_rule_is_found(module: str, text: str) -> None:
     assert len(breaches({f"tsp_ref.{module}": text})) == 1
 
 
 @pytest.mark.parametrize(("module", "text"), [
-    ("ops.good", "import numpy\nfrom ..arrays import Array\nfrom .norm import rmsnorm_forward"),
+    ("ops.good", "import math\nfrom ..arrays import Array\nfrom .norm import rmsnorm_forward"),
     ("comm.good", "from ..errors import MessageError\nfrom .communicator import Request"),
     ("comm.mesh", "from ..arrays import Array\nfrom .communicator import Communicator"),
     ("comm.mpi", "from mpi4py import MPI"),
@@ -211,6 +235,17 @@ def test_a_pickled_message_is_found(module: str, text: str) -> None:
 
 def test_everything_public_has_a_docstring() -> None:
     assert undocumented(sources()) == []
+
+
+def test_one_file_knows_cupy() -> None:
+    assert knowing_cupy(sources()) == [KNOWS_CUPY]
+
+
+@pytest.mark.parametrize("text", ["import cupy", "from cupy import matmul", "if model.cupy: pass", "x = cupy.ndarray",
+                                  'import_module("cupy")', "def f(cupy): pass", 'gpu = name == "cupy"'])
+def test_another_file_that_knows_cupy_is_found(text: str) -> None:
+    assert knowing_cupy({"tsp_ref.ops.bad": text, "tsp_ref.cli": 'help("--backend cupy computes on a GPU")'}) == [
+        "tsp_ref.ops.bad"]
 
 
 def test_a_missing_docstring_is_found() -> None:

@@ -1,7 +1,6 @@
-"""The array library that computes, and the only ways between its memory and the host's.
+"""Which array library computes. This is the only file that knows CuPy; all others are written for a namespace `xp`.
 
-Everything else is written for a namespace `xp` and does not know which library that is. Arrays cross only by `to_host`
-and `from_host`; small agreements between ranks are host arrays from the start and never cross.
+The host's own is in `host.py`, with what every backend can do.
 """
 
 from __future__ import annotations
@@ -14,13 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array, Namespace
+from .arrays import Array
 from .comm.communicator import Communicator
 from .comm.control import ControlTag, agreed
-from .counted import CountedNumpy
 from .errors import UserError
+from .host import HOST, Backend, backend_of
 from .memory import Memory
 from .work import Work
+
+__all__ = ["BACKENDS", "HOST", "Backend", "CupyBackend", "backend_of", "open_backend"]
 
 BACKENDS = ("numpy", "cupy")
 
@@ -40,44 +41,6 @@ OWN_STREAMS = "CUPY_CUDA_PER_THREAD_DEFAULT_STREAM"
 PROBE = 4096
 """Numbers of the message that tries whether MPI takes the GPU's arrays: more than an MPI copies eagerly from a cache
 line or two, few enough to cost nothing."""
-
-
-class Backend:
-    """An array library in the host's memory: NumPy, or a namespace that makes NumPy's arrays."""
-
-    name = "numpy"
-
-    def __init__(self, xp: Namespace = np) -> None:
-        self.xp = xp
-
-    def to_host(self, array: Array) -> Array:
-        """The same numbers as an array of NumPy's, once all that computes them is done. To be read only."""
-        return array
-
-    def from_host(self, array: Array) -> Array:
-        """The same numbers as an array of this library's; the host's may be changed at once."""
-        made: Array = self.xp.asarray(array)
-        return made
-
-    def synchronise(self) -> None:
-        """Wait until everything is done that was launched. NumPy has nothing under way."""
-
-    def describe(self) -> str:
-        """What computes, in a line."""
-        return f"NumPy {np.__version__} on the CPU"
-
-    def peak_bytes(self) -> int | None:
-        """What the device's pool of memory has taken at most, bytes; None where there is no such pool."""
-        return None
-
-    def counted(self, memory: Memory, work: Work) -> Backend:
-        """The same library, whose arrays and products all enter themselves in these books; a `UserError` where it
-        cannot."""
-        return Backend(CountedNumpy(memory, work))
-
-
-HOST = Backend()
-"""NumPy."""
 
 
 class CupyBackend(Backend):
@@ -171,11 +134,6 @@ class CupyBackend(Backend):
             event = self._cuda.Event(disable_timing=True)
             event.record(stream)
         return event
-
-
-def backend_of(library: Namespace | Backend) -> Backend:
-    """A backend as it is; for a namespace of NumPy's kind, the one over it."""
-    return library if isinstance(library, Backend) else Backend(library)
 
 
 def open_backend(name: str, comm: Communicator, gpu_aware: bool = False) -> Backend:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from .arrays import Array, Namespace, Tiles
-from .backend import Backend, backend_of
 from .config import Config
 from .errors import UserError
 from .grid import ALONE, Grid, Place
+from .host import Backend, backend_of
 from .memory import Memory
 from .ops.attention import causal_mask
 from .ops.rotary import rotary_table

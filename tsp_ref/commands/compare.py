@@ -18,13 +18,13 @@ from rich.table import Table
 
 from .. import threads
 from ..arrays import Array
-from ..backend import HOST, Backend
 from ..comm.communicator import Communicator
 from ..comm.control import agreed, all_gather, from_root, gather_texts
 from ..comm.virtual import VirtualWorld
 from ..config import Config
 from ..errors import UserError
 from ..formulas.memory import model_state_bytes
+from ..host import HOST, Backend
 from ..memory import KINDS, Memory
 from ..phase import Phase
 from ..terminal import console_for

@@ -13,12 +13,12 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from ..backend import HOST, Backend
 from ..comm.communicator import Communicator, Event
 from ..comm.control import agreed, all_gather, from_root
 from ..comm.rehearsal import LocalCopies, replay
 from ..config import Config
 from ..errors import UserError
+from ..host import HOST, Backend
 from ..parameters import initial_parameters, zero_parameters
 from ..terminal import console_for
 from ..training.data import TRAINING, Text, batch, load_text

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import threads
-from ..backend import HOST, Backend
 from ..comm.communicator import Communicator
 from ..comm.control import agreed
 from ..config import Config
 from ..errors import UserError
+from ..host import HOST, Backend
 from ..memory import MODEL_STATE
 from ..terminal import console_for
 from ..training.collect import digest

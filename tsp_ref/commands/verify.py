@@ -13,11 +13,11 @@ from rich.console import Console
 from .. import threads
 from ..activations import Saved
 from ..arrays import Array
-from ..backend import HOST, Backend
 from ..comm.communicator import Communicator
 from ..comm.control import agreed, all_gather, from_root
 from ..comm.virtual import VirtualWorld
 from ..config import Config
+from ..host import HOST, Backend
 from ..parameters import Parameters, named_views
 from ..terminal import console_for
 from ..training.collect import holders, stream, stream_blocks

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from ..activations import Saved
 from ..arrays import Namespace
-from ..backend import Backend
 from ..comm.communicator import Communicator
 from ..config import Config
 from ..errors import AgreedError
+from ..host import Backend
 from ..model import Model
 from ..parameters import Parameters, initial_parameters, zero_parameters
 from ..phase import phase

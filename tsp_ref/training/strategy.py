@@ -10,11 +10,11 @@ from typing import Any
 
 from ..activations import Saved
 from ..arrays import Namespace, Tiles
-from ..backend import Backend
 from ..comm.communicator import Communicator
 from ..comm.mesh import make_mesh
 from ..config import Config
 from ..errors import UserError
+from ..host import Backend
 from ..model import Model
 from ..parameters import Parameters
 from ..reference import single
