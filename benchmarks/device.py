@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tsp_ref.backend import Backend
+from tsp_ref.host import Backend
 
 
 class Pool:

@@ -46,11 +46,12 @@ from common import (
     workers,
 )
 
-from tsp_ref.backend import BACKENDS, REPEATABLE, Backend, open_backend
+from tsp_ref.backend import BACKENDS, REPEATABLE, open_backend
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.config import PLANNING_ONLY, PRESETS, make_config
 from tsp_ref.formulas.memory import alone
 from tsp_ref.formulas.work import step_flops
+from tsp_ref.host import Backend
 
 Part = dict[str, Any]
 

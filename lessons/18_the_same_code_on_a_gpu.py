@@ -44,12 +44,13 @@ from stage import Lesson, drawn_text, run, table_with
 
 from tsp_ref import threads
 from tsp_ref.arrays import Array
-from tsp_ref.backend import Backend, open_backend
+from tsp_ref.backend import open_backend
 from tsp_ref.comm.communicator import Communicator, Request
 from tsp_ref.comm.control import agreed, all_gather
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.config import make_config
 from tsp_ref.errors import UserError
+from tsp_ref.host import Backend
 from tsp_ref.terminal import console_for
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training
