@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from typing import Any
 
 import pytest
 from launcher import ROOT, environment
+
+from tsp_ref.cli import _parser
+from tsp_ref.config import make_config
 
 LIMIT = 120  # seconds; on a machine that is busy
 
@@ -104,7 +108,6 @@ def test_scaling_has_a_row_for_the_single_process_and_for_each_schedule_at_each_
 
 
 def test_the_roofline_has_every_product_of_the_step(results):
-    from tsp_ref.config import make_config
     from tsp_ref.formulas.memory import alone
     from tsp_ref.formulas.work import step_flops
 
@@ -219,7 +222,7 @@ def gpu_modules(monkeypatch):
 
 
 @pytest.mark.parametrize(("peak", "held", "holds"), [
-    (1000, 500, True), (1090, 540, True), (1200, 500, False), (1000, 600, False), (800, 500, False)])
+    (1000, 500, True), (1090, 540, True), (0, 0, False), (1200, 500, False), (1000, 600, False), (800, 500, False)])
 def test_a_pool_is_held_to_the_books_in_both_directions(peak, held, holds, gpu_modules):
     part = gpu_modules[0].compared(1000, 500, peak, held, 0.1)
     assert part["checked"] and part["holds"] is holds and part["over_peak"] == peak / 1000
@@ -228,10 +231,32 @@ def test_a_pool_is_held_to_the_books_in_both_directions(peak, held, holds, gpu_m
 def test_a_watch_over_a_pool_knows_what_it_gave_out_at_most_and_now(gpu_modules):
     pool = gpu_modules[1].Pool()
     hook = gpu_modules[1].hook_into(pool, object)
+    assert (pool.peak, pool.used) == (0, 0)
     for size in (512, 1024):
         hook.malloc_postprocess(device_id=0, size=1, mem_size=size, mem_ptr=0, pmem_id=0)
     hook.free_postprocess(device_id=0, mem_size=512, mem_ptr=0, pmem_id=0)
     assert (pool.peak, pool.used) == (1536, 1024)
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_the_slurm_file_runs_what_the_program_accepts(aware, tmp_path):
+    """A stand-in for srun says what it was to start."""
+    for name, text in (("srun", '#!/bin/bash\nprintf "%s " "$@"; echo'), ("activate", "")):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NTASKS": "16", "SLURM_JOB_NODELIST": "two", "VENV": str(tmp_path),
+             "GPU_AWARE": str(int(aware)), "SRUN_MPI": "pmix", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "benchmarks/mi300x.sbatch"], cwd=ROOT, env=environment(**slurm), capture_output=True,
+                          text=True, timeout=LIMIT)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if "-m tsp_ref" in line]
+    assert [words[:5] for words in lines] == [["--mpi=pmix", "python", "-m", "tsp_ref", name]
+                                              for name in ("verify", "train")]
+    for words in lines:
+        options = _parser().parse_args(words[4:])
+        assert (options.backend, options.gpu_aware) == ("cupy", aware)
+        assert make_config(options.preset, options.settings).max_ranks == 16
 
 
 def running(mark: str) -> list[str]:
