@@ -39,7 +39,7 @@ def test_staged_messages_have_numpy_s_bits(comm, progress):
     backend = opened(comm, gpu_aware=False)
     assert isinstance(backend, CupyBackend) and isinstance(comm._transport, StagedTransport)
     comm.travel_by(progress, None)
-    same_bits(comm, backend, "tsp", "tp")
+    same_bits(comm, backend, "tsp", "tp+sp")
     comm.travel_by("wait", None)
     assert comm._transport.pinned_bytes == 0 < comm._transport.pinned_peak
 

@@ -89,10 +89,10 @@ class Stream:
     def __init__(self, gpu: Gpu, number: int) -> None:
         self.gpu, self.number = gpu, number
         self.clock: Clock = {}
-        self.late: list[tuple[int, Callable[[], None]]] = []
+        self.late: list[tuple[int, Callable[[], Any]]] = []
 
     @alone
-    def launch(self, reads: list[np.ndarray], writes: list[np.ndarray], late: Callable[[], None] | None = None) -> None:
+    def launch(self, reads: list[np.ndarray], writes: list[np.ndarray], late: Callable[[], Any] | None = None) -> None:
         """Enter an operation in the books of the memory that it touches."""
         merge(self.clock, self.gpu.host)
         self.clock[self.number] = place = self.clock.get(self.number, 0) + 1
@@ -204,13 +204,13 @@ class Pointer:
     def copy_to_host_async(self, mem: int, size: int, stream: Stream) -> None:
         """To pinned memory, some time later."""
         source, target = self._array.raw, self._array.gpu.pinned_at(mem, size)
-        stream.launch([source], [target], lambda: ctypes.memmove(mem, source.ctypes.data, size))
+        stream.launch([source], [target], lambda: ctypes.memmove(target.ctypes.data, source.ctypes.data, size))
         target[...] = RUBBISH
 
     def copy_from_host_async(self, mem: int, size: int, stream: Stream) -> None:
         """From pinned memory, some time later."""
         target, source = self._array.raw, self._array.gpu.pinned_at(mem, size)
-        stream.launch([source], [target], lambda: ctypes.memmove(target.ctypes.data, mem, size))
+        stream.launch([source], [target], lambda: ctypes.memmove(target.ctypes.data, source.ctypes.data, size))
         target.reshape(-1).view(np.uint8)[...] = RUBBISH
 
 
@@ -412,18 +412,16 @@ class Gpu:
 
     def alloc_pinned(self, size: int) -> Any:
         """Pinned memory, which must not be let go before the host has seen the end of all copies."""
-        memory = (ctypes.c_uint8 * size)()
-        address = ctypes.addressof(memory)
-        tracked = np.ndarray((size,), np.uint8, buffer=(ctypes.c_uint8 * size).from_address(address))
-        self._pinned[address] = tracked
+        store = np.full(size, RUBBISH, dtype=np.uint8)  # copies that are late keep it, as CuPy's would not
+        memory, address = (ctypes.c_uint8 * size).from_buffer(store), store.ctypes.data
+        self._pinned[address] = store
         allocation = self._memory[address] = Allocation(self)
 
         def let_go() -> None:
             try:
-                allocation.seen(tracked, "write", "the host gives away pinned memory that")
+                allocation.seen(self._pinned.pop(address), "write", "the host gives away pinned memory that")
             except Race as race:
                 self.faults.append(str(race))
-            self._pinned.pop(address, None)
             self._memory.pop(address, None)
 
         weakref.finalize(memory, let_go)

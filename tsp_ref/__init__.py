@@ -30,7 +30,8 @@ The words:
 
 Where to read, top to bottom: `config` (what a model is), `grid` (who owns what), `tree` (the one rule),
 `ops` (the maths of a tile), `reference` (two single-process models), `comm` (checked messages),
-`schedules` (the maths and the messages joined), `formulas` (what they must send, hold and compute), `training`, `cli`.
+`schedules` (the maths and the messages joined), `formulas` (what they must send, hold and compute), `training`, `cli`;
+and for GPUs `backend` (which array library computes) and `comm.staging` (how its arrays travel).
 """
 
 from . import allocator, threads

@@ -35,7 +35,11 @@ REPEATABLE = {
     # a program asks for them.
     "ROCBLAS_DEFAULT_ATOMICS_MODE": "0",
 }
-"""Set before CuPy is imported, where the user has not set them: so that the same product has the same bits."""
+"""Set before CuPy is imported, where the user has not set them: so that the same product has the same bits.
+
+Both makers promise that on the same kind of GPU, with the same versions, and one stream for each handle of the library;
+and it is what `verify` checks. From one kind of GPU to another, or to a CPU, bits differ.
+"""
 
 OWN_STREAMS = "CUPY_CUDA_PER_THREAD_DEFAULT_STREAM"
 PROBE = 4096
