@@ -47,8 +47,8 @@ PATIENCE, HASTE = 30.0, 5.0  # seconds for children to end by themselves, after 
 
 # What a benchmark needs, from one place.
 __all__ = [
-    "Benchmark", "Spread", "Steps", "UserError", "Worker", "agreed_losses", "by_turns", "installed", "json", "np",
-    "random_text", "rank_command", "run", "serve", "short", "table_with", "workers",
+    "Benchmark", "Spread", "Steps", "UserError", "Worker", "agreed_losses", "by_turns", "installed", "json", "launcher",
+    "np", "random_text", "rank_command", "run", "serve", "short", "table_with", "workers",
 ]
 
 
@@ -86,16 +86,22 @@ class Benchmark:
 def run(
     description: str, main: Callable[[Benchmark], int], repeats: int,
     more: Callable[[argparse.ArgumentParser], None] = lambda parser: None, one_process: bool = False,
+    own_sizes: Mapping[str, list[str]] | None = None,
+    refused: Callable[[argparse.Namespace], int] = lambda options: 0,
 ) -> None:
     """Run a benchmark and exit: with main's code, 2 and one line for what cannot be done, 130 after Ctrl-C.
 
     repeats      rounds, if the command line does not say
     more         adds the benchmark's own options
     one_process  everything happens in this process, so that it can be timed by the processor's clock, too
+    own_sizes    presets of the benchmark's own, each a list of FIELD=VALUE over `bench`; the first is the default
+    refused      before anything is printed or written: a code to exit with, for which it has printed the reason; or 0
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = [name for name in PRESETS if name not in PLANNING_ONLY]
-    parser.add_argument("--preset", default="bench", choices=sizes, help="sizes to begin with (bench)")
+    own_sizes = own_sizes or {}
+    sizes = [*own_sizes, *(name for name in PRESETS if name not in PLANNING_ONLY)]
+    first = next(iter(own_sizes), "bench")
+    parser.add_argument("--preset", default=first, choices=sizes, help=f"sizes to begin with ({first})")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", dest="settings",
                         help="override any field of the configuration; `tsp-ref train --help` lists them")
     parser.add_argument("--repeats", type=int, default=repeats, metavar="K",
@@ -111,7 +117,11 @@ def run(
     try:
         if options.repeats < 1:
             raise UserError(f"--repeats {options.repeats} is not valid: use 1 or more")
-        config = make_config(options.preset, options.settings)
+        settings = [*own_sizes.get(options.preset, []), *options.settings]
+        config = make_config("bench" if options.preset in own_sizes else options.preset, settings)
+        code = refused(options)
+        if code:
+            sys.exit(code)
         benchmark = Benchmark(config, options, console_for(0), describe_machine(), WholeFile("--json", options.json))
         benchmark.say(description.strip().splitlines()[0])
         greet(benchmark)
@@ -142,7 +152,7 @@ def describe_machine() -> dict[str, Any]:
     blas = "; ".join(f"{pool['internal_api']} {pool['version']}, kernels for {pool.get('architecture', 'unknown')}, "
                      f"{pool['num_threads']} thread{'s' * (pool['num_threads'] != 1)}" for pool in pools)
     versions = {"python": platform.python_version(), "numpy": np.__version__}
-    for package in ("mpi4py", "mpich", "openmpi", "torch"):
+    for package in ("mpi4py", "mpich", "openmpi", "torch", "cupy-rocm-7-0", "cupy-cuda12x", "cupy-cuda13x"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -353,9 +363,9 @@ def agreed_losses(benchmark: Benchmark, runs: Mapping[str, Steps]) -> bool:
     return alike
 
 
-def rank_command(config: Config, schedule: str) -> list[str]:
+def rank_command(config: Config, schedule: str, backend: str = "numpy") -> list[str]:
     """The command of a `Worker` that trains under a schedule."""
-    return [str(ROOT / "benchmarks" / "rank.py"), json.dumps(vars(config)), schedule]
+    return [str(ROOT / "benchmarks" / "rank.py"), json.dumps(vars(config)), schedule, backend]
 
 
 def serve(path: str, rank: int, actions: Mapping[str, Callable[[], dict[str, Any]]]) -> None:

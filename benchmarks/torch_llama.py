@@ -75,7 +75,8 @@ class Llama(nn.Module):
         self.head = self.embedding if config.tied_head else nn.Parameter(torch.from_numpy(weights["head"].copy()))
         half = torch.arange(0, config.head_dim, 2, dtype=self.gain.dtype) / config.head_dim
         angles = torch.arange(config.seq_len, dtype=self.gain.dtype)[:, None] * config.rope_theta ** -half
-        self.cos, self.sin = angles.cos(), angles.sin()
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy of a batch [B, S]."""
@@ -89,10 +90,10 @@ class Llama(nn.Module):
 class TorchTraining:
     """The training that `tsp_ref.training.loop` does, in PyTorch."""
 
-    def __init__(self, config: Config, text: Text) -> None:
-        self.config, self.text = config, text
+    def __init__(self, config: Config, text: Text, device: str = "cpu") -> None:
+        self.config, self.text, self.device = config, text, device
         self.model = Model(config, np)  # for its grid, by which batches are cut
-        self.llama = Llama(config, assemble(config, initial_parameters(self.model)))
+        self.llama = Llama(config, assemble(config, initial_parameters(self.model))).to(device)
         parameters = list(self.llama.parameters())
         self.optimizer = torch.optim.AdamW(
             [{"params": [each for each in parameters if each.ndim > 1], "weight_decay": config.weight_decay},
@@ -102,7 +103,7 @@ class TorchTraining:
 
     def step(self) -> tuple[float, float]:
         """Forward, backward, clipping, AdamW; the loss, and the gradients' norm before clipping."""
-        tokens, targets = (torch.from_numpy(self.whole(part))
+        tokens, targets = (torch.from_numpy(self.whole(part)).to(self.device)
                            for part in batch(self.model, self.text, TRAINING, self.steps_done))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config, self.steps_done)
@@ -111,6 +112,8 @@ class TorchTraining:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.llama.parameters(), self.config.clip_norm or float("inf"))
         self.optimizer.step()
+        if self.device != "cpu":
+            torch.cuda.synchronize()
         self.steps_done += 1
         return float(loss.detach()), float(norm)
 
@@ -121,17 +124,20 @@ class TorchTraining:
 
 
 def main() -> None:
-    """Serve until the parent hangs up. Arguments: the configuration as JSON, the number of threads, a socket's path."""
+    """Serve until the parent hangs up. Arguments: the configuration as JSON, the number of threads, cpu or cuda (which
+    ROCm's builds say, too), a socket's path."""
     config = Config(**json.loads(sys.argv[1]))
     torch.set_num_threads(int(sys.argv[2]))
-    training = TorchTraining(config, random_text(config))
+    # Products in float32, and not in TensorFloat-32.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    training = TorchTraining(config, random_text(config), sys.argv[3])
 
     def step() -> dict[str, Any]:
         begin = time.perf_counter()
         loss, norm = training.step()
         return {"seconds": time.perf_counter() - begin, "loss": loss, "norm": norm}
 
-    serve(sys.argv[3], 0, {"step": step})
+    serve(sys.argv[4], 0, {"step": step})
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def main(benchmark: Benchmark) -> int:
     for n in ranks:
         schedule = "single" if n == 1 else "tsp"
         commands[ours(n)] = (rank_command(config, schedule), n, 1)
-        commands[theirs(n)] = ([TORCH, json.dumps(vars(config)), str(n)], 1, n)
+        commands[theirs(n)] = ([TORCH, json.dumps(vars(config)), str(n), "cpu"], 1, n)
     with workers(commands) as started:
         steps = {name: Steps(worker) for name, worker in started.items()}
         spreads = by_turns(benchmark, steps)

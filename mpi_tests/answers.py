@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 OVERLAP, RING, TRACE = "14_the_overlap_that_was_not_there.py", "15_overlap_made_real.py", "16_reading_a_trace.py"
-TIME = "17_where_the_time_goes.py"
+TIME, GPU = "17_where_the_time_goes.py", "18_the_same_code_on_a_gpu.py"
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ def overlapped(comm, own, spare, multiply):
 """, fails)
 
 
+LEAVING, BEHIND = "stage_out, send: each product", "send: when a message leaves"
+COMING, UNHURRIED = "stage_in: each product", "stage_in: the copy"
+
 BITS, POSTED, COMPLETE = (f"overlapped: {what}" for what in ("every product", "at each step", "every message"))
 
 RIGHT = {
@@ -66,6 +69,20 @@ def product_flops(left, right):
 
 def least_tokens(inner, columns, intensity, size):
     return tried(inner, columns, intensity, size)
+"""),
+    "18: waited for as soon as it is staged": Answer(GPU, """
+def stage_out(stream, array, pinned):
+    stream.copy(array, pinned)
+    copied = stream.record()
+    copied.wait()
+    return copied
+"""),
+    "18: looks until the message is here": Answer(GPU, """
+def stage_in(comm, stream, message, pinned, array):
+    while not comm.Test(message):
+        pass
+    stream.copy(pinned, array)
+    return stream.record()
 """),
 }
 
@@ -149,4 +166,53 @@ def least_tokens(inner, columns, intensity, size):
     gain = 2 * inner * columns - intensity * size * (inner + columns)
     return math.ceil(intensity * size * inner * columns / (gain or 1))
 """, ("least_tokens: ",)),
+    "18: nothing written": Answer(GPU, """
+def stage_out(stream, array, pinned): ...
+def send(comm, staged, pinned, dest): ...
+def stage_in(comm, stream, message, pinned, array): ...
+""", (LEAVING, BEHIND, COMING)),
+    "18: sent at once": Answer(GPU, """
+def send(comm, staged, pinned, dest):
+    return comm.Isend(pinned, dest, Tag.PIECE)
+""", (LEAVING,)),
+    "18: the whole stream waited for": Answer(GPU, """
+def send(comm, staged, pinned, dest):
+    staged.stream.synchronise()
+    return comm.Isend(pinned, dest, Tag.PIECE)
+""", (BEHIND,)),
+    "18: marked before the copy": Answer(GPU, """
+def stage_out(stream, array, pinned):
+    copied = stream.record()
+    stream.copy(array, pinned)
+    return copied
+""", (LEAVING,)),
+    "18: copied by the host": Answer(GPU, """
+def stage_out(stream, array, pinned):
+    pinned[...] = array
+    return stream.record()
+""", (LEAVING,)),
+    "18: never sent": Answer(GPU, """
+def send(comm, staged, pinned, dest):
+    staged.wait()
+""", (LEAVING, BEHIND)),
+    "18: free before it is copied": Answer(GPU, """
+def stage_in(comm, stream, message, pinned, array):
+    comm.Wait(message)
+    free = stream.record()
+    stream.copy(pinned, array)
+    return free
+""", (COMING,)),
+    "18: copied before it is here": Answer(GPU, """
+def stage_in(comm, stream, message, pinned, array):
+    stream.copy(pinned, array)
+    comm.Wait(message)
+    return stream.record()
+""", (COMING,)),
+    "18: the copy waited for": Answer(GPU, """
+def stage_in(comm, stream, message, pinned, array):
+    comm.Wait(message)
+    stream.copy(pinned, array)
+    stream.synchronise()
+    return stream.record()
+""", (UNHURRIED,)),
 }

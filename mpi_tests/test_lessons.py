@@ -9,9 +9,10 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from answers import OVERLAP, RIGHT, RING, TRACE, WRONG
+from answers import GPU, OVERLAP, RIGHT, RING, TRACE, WRONG
 from lanes import read_trace
 from launcher import ROOT, Ended, environment, mpirun
+from strict import StrictCupy
 
 LESSONS = sorted(path.name for path in (ROOT / "lessons").glob("[0-9][0-9]_*.py"))
 ABOUT_TIME = [OVERLAP, RING, TRACE]
@@ -76,8 +77,17 @@ def test_a_lesson_runs_without_mpirun():
     check_held(Ended(ended.returncode, ended.stdout, ended.stderr, 0.0))
 
 
-def test_there_are_seventeen_lessons_numbered_without_a_gap():
-    assert [name[:2] for name in LESSONS] == [f"{number:02}" for number in range(1, 18)]
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_lesson_18_runs_on_a_strict_stand_in_for_a_gpu(ranks):
+    """Stricter than CuPy, and not a GPU: what it computes is NumPy's."""
+    with mock.patch.dict(sys.modules, cupy=StrictCupy()):
+        ended = called(path_of(GPU), "--ranks", str(ranks))
+    check_held(ended)
+    assert "On a GPU: CuPy 0 (a stand-in)" in ended.output and "No GPU" not in ended.output
+
+
+def test_there_are_eighteen_lessons_numbered_without_a_gap():
+    assert [name[:2] for name in LESSONS] == [f"{number:02}" for number in range(1, 19)]
 
 
 FAILING = """
@@ -121,7 +131,7 @@ def test_a_wrong_answer_fails_the_checks_that_are_about_it(n, name, written):
 
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("name", ["14: means", "15: one buffer", "15: nobody looks", "16: a time counts twice",
-                                  "17: nothing written"])
+                                  "17: nothing written", "18: sent at once", "18: nothing written"])
 def test_so_it_does_on_virtual_ranks(name, ranks, written):
     check_failed(called(*written(WRONG[name]), "--ranks", str(ranks)), WRONG[name].fails)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +16,9 @@ from typing import Any
 
 import pytest
 from launcher import ROOT, environment
+
+from tsp_ref.cli import _parser
+from tsp_ref.config import make_config
 
 LIMIT = 120  # seconds; on a machine that is busy
 
@@ -103,7 +108,6 @@ def test_scaling_has_a_row_for_the_single_process_and_for_each_schedule_at_each_
 
 
 def test_the_roofline_has_every_product_of_the_step(results):
-    from tsp_ref.config import make_config
     from tsp_ref.formulas.memory import alone
     from tsp_ref.formulas.work import step_flops
 
@@ -124,7 +128,7 @@ def test_the_grid_s_cost_is_over_the_textbook_model(results):
     assert results("grid_cost")[1]["largest_relative_gap"] < 1e-5
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, "gpu"])
 def test_help_says_what_is_measured_and_how_to_begin(name):
     done = ended(*command(name, "--help"))
     assert done.returncode == 0 and f"python benchmarks/{name}.py" in done.stdout and "exit code" in done.stdout
@@ -135,6 +139,7 @@ def test_help_says_what_is_measured_and_how_to_begin(name):
     (("grid_cost", "--json", "/no/such/folder/file"), "--json /no/such/folder/file cannot be written"),
     (("grid_cost", "--grids", "8by16"), "--grids 8by16 is not of the form GxT"),
     (("grid_cost", "--grids", "3x16"), "num_kv_heads=8 is not a multiple of blocks=3"),
+    (("gpu", "--backend", "numpy", "--preset", "gpu"), "--preset gpu is too large: use --preset tiny"),
     (("scaling", "--ranks", "99"), "--ranks 99 is not possible: use 1 to 8"),
     (("roofline", "--set", "hidden_size=many"), "hidden_size=many is not valid: use a whole number"),
 ])
@@ -157,6 +162,101 @@ def test_without_pytorch_the_comparison_says_how_to_get_it():
     done = ended(sys.executable, "-c", "import sys; sys.path.insert(0, 'benchmarks')\n" + WITHOUT_TORCH)
     assert done.returncode == 2
     assert done.stderr == "error: PyTorch is not installed: pip install -e '.[bench]', or pip install torch\n"
+
+
+# The benchmark of a GPU, where there is none.
+
+DRY = ("--backend", "numpy", "--preset", "tiny", "--set", "num_layers=1", "--equal", "tiny", "--memory", "tiny",
+       "--dtypes", "float32", "--ranks", "2", "--steps", "1", "--repeats", "1")
+
+WITHOUT_CUPY = """
+import runpy, sys
+sys.modules["cupy"] = None
+sys.argv = ["gpu.py", *sys.argv[1:]]
+runpy.run_path("benchmarks/gpu.py", run_name="__main__")
+"""
+
+
+def test_without_a_gpu_its_benchmark_says_so_in_one_line_and_exits_with_3(tmp_path):
+    done = ended(sys.executable, "-c", "import sys; sys.path.insert(0, 'benchmarks')\n" + WITHOUT_CUPY,
+                 "--json", str(tmp_path / "gpu.json"))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("no GPU: --backend cupy needs CuPy") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "gpu.json").exists()
+
+
+def test_a_dry_run_of_the_gpu_s_benchmark_writes_every_field_and_claims_no_gpu(tmp_path):
+    done = ended(*command("gpu", *DRY, "--json", str(tmp_path / "json")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "DRY RUN: no GPU was used." in done.stdout and "on the processor, NO GPU)" in done.stdout
+    written = json.loads((tmp_path / "json").read_text())
+    assert (written["benchmark"], written["backend"]) == ("gpu", "numpy")
+    assert written["gpu_used"] is False and written["gpu"] is None
+    assert set(written["environment"]) >= {"CUPY_TF32", "CUBLAS_WORKSPACE_CONFIG", "ROCBLAS_DEFAULT_ATOMICS_MODE"}
+    assert written["holds"] is True and all(map(math.isfinite, numbers(written)))
+    row, = written["equality"]["rows"]
+    assert row["equal"] and row["said"].startswith("EQUAL, every bit") and row["ranks"] == 2
+    row, = written["against_cpu"]["rows"]
+    assert row["largest_relative_gap"] == 0 and len(row["losses"]) == len(row["norms"]) == 3
+    assert written["memory"]["reason"] == "NumPy has no pool of its own to compare with"
+    assert written["memory"]["books_peak_bytes"] > written["memory"]["books_held_bytes"] > 0
+    assert written["step"]["reason"] == "no GPU was used" and written["step"]["flops"] > 0
+    assert list(written["step"]["rows"]) == ["tsp_ref, 1 process"]
+    for name in ("memory", "step"):
+        assert written[name]["checked"] is False and written[name]["holds"] is None
+
+
+def test_what_does_not_hold_on_a_gpu_is_said_and_exits_with_1(tmp_path):
+    """Here because it does not end in time; the parts that are not asked for are named."""
+    done = ended(*command("gpu", *DRY, "--parts", "equality", "--patience", "0.01", "--json", str(tmp_path / "json")))
+    assert done.returncode == 1 and "NOT ALL HOLDS (equality;" in done.stdout, done.stdout + done.stderr
+    assert "no end after 0 s" in done.stdout and done.stdout.count("not asked for with --parts") == 3
+    assert json.loads((tmp_path / "json").read_text())["holds"] is False
+
+
+@pytest.fixture
+def gpu_modules(monkeypatch):
+    """The benchmark's own modules."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu"), importlib.import_module("device")
+
+
+@pytest.mark.parametrize(("peak", "held", "holds"), [
+    (1000, 500, True), (1090, 540, True), (0, 0, False), (1200, 500, False), (1000, 600, False), (800, 500, False)])
+def test_a_pool_is_held_to_the_books_in_both_directions(peak, held, holds, gpu_modules):
+    part = gpu_modules[0].compared(1000, 500, peak, held, 0.1)
+    assert part["checked"] and part["holds"] is holds and part["over_peak"] == peak / 1000
+
+
+def test_a_watch_over_a_pool_knows_what_it_gave_out_at_most_and_now(gpu_modules):
+    pool = gpu_modules[1].Pool()
+    hook = gpu_modules[1].hook_into(pool, object)
+    assert (pool.peak, pool.used) == (0, 0)
+    for size in (512, 1024):
+        hook.malloc_postprocess(device_id=0, size=1, mem_size=size, mem_ptr=0, pmem_id=0)
+    hook.free_postprocess(device_id=0, mem_size=512, mem_ptr=0, pmem_id=0)
+    assert (pool.peak, pool.used) == (1536, 1024)
+
+
+@pytest.mark.parametrize("aware", [False, True])
+def test_the_slurm_file_runs_what_the_program_accepts(aware, tmp_path):
+    """A stand-in for srun says what it was to start."""
+    for name, text in (("srun", '#!/bin/bash\nprintf "%s " "$@"; echo'), ("activate", "")):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NTASKS": "16", "SLURM_JOB_NODELIST": "two", "VENV": str(tmp_path),
+             "GPU_AWARE": str(int(aware)), "SRUN_MPI": "pmix", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "benchmarks/mi300x.sbatch"], cwd=ROOT, env=environment(**slurm), capture_output=True,
+                          text=True, timeout=LIMIT)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    lines = [line.split() for line in done.stdout.splitlines() if "-m tsp_ref" in line]
+    assert [words[:5] for words in lines] == [["--mpi=pmix", "python", "-m", "tsp_ref", name]
+                                              for name in ("verify", "train")]
+    for words in lines:
+        options = _parser().parse_args(words[4:])
+        assert (options.backend, options.gpu_aware) == ("cupy", aware)
+        assert make_config(options.preset, options.settings).max_ranks == 16
 
 
 def running(mark: str) -> list[str]:
