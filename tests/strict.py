@@ -56,6 +56,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "sum": ("a", "axis", "dtype", "out", "keepdims"),
     "tanh": ("x", "*", "out"),
     "triu": ("m", "k"),
+    "vdot": ("a", "b"),
     "where": ("condition", "x", "y"),
     "zeros": ("shape", "dtype", "order"),
     "zeros_like": ("a", "dtype", "order"),

@@ -14,8 +14,8 @@ def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool
     for the matrix's). Attention multiplies each query with the n keys that its tile sees, masked ones of its own tile
     included: scores and values, 2 products of 2·e·n forward; backward the scores again and four more, of which two have
     one column more than e. (A tile of several strips of t queries is spared what the later strips' keys would cost the
-    earlier: s·(s-t)/2 pairs. The backward takes a tile's own keys d at a time and is spared s·(s-d)/2.) The embedding forward is a lookup, its backward a product with a one-hot matrix; the head's backward computes the logits
-    again.
+    earlier: s·(s-t)/2 pairs. The backward takes a tile's own keys d at a time and is spared s·(s-d)/2.) The embedding
+    forward is a lookup, its backward a product with a one-hot matrix; the head's backward computes the logits again.
     """
     blocks = config.blocks if folded else len(grid.blocks)
     tokens = config.batch_size * config.tile_len * len(grid.slots)

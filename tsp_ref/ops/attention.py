@@ -13,10 +13,12 @@ from ..arrays import Array, Namespace
 from .rotary import rotary_backward, rotary_forward
 
 STRIP = 128
-"""Queries of a strip, in the forward, at most: fewer make the matrix products slower (chosen by measurement)."""
+"""Queries of a strip in the forward, at most: more scores do not fit the cache, fewer make the matrix products slower
+(chosen by measurement)."""
 
 CHUNK_BYTES = 512 * 1024
-"""Of a chunk of scores in the backward: with its gradient it fits the second-level cache of most processors (chosen by measurement)."""
+"""Of a chunk of scores in the backward: with its gradient it fits the second-level cache of most processors (chosen by
+measurement)."""
 
 DIAGONAL = 64
 """Keys of a chunk of the tile itself, in the backward: of its scores few are masked (chosen by measurement)."""
