@@ -1,14 +1,12 @@
 """Every lesson runs, at several N, on real and on virtual ranks, and its checks hold; a wrong answer to one fails."""
 
-import contextlib
-import io
-import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from unittest import mock
 
 import pytest
+import within
 from answers import OVERLAP, RIGHT, RING, TRACE, WRONG
 from lanes import read_trace
 from launcher import ROOT, Ended, environment, mpirun
@@ -19,16 +17,6 @@ ABOUT_TIME = [OVERLAP, RING, TRACE]
 
 def path_of(lesson):
     return str(Path("lessons") / lesson)
-
-
-def called(path, *arguments):
-    """Run a lesson inside this process, as `python path arguments...` does in one of its own. What it says of an error
-    goes where this process's errors go."""
-    search = [str(ROOT / "lessons"), *sys.path]
-    with (mock.patch.object(sys, "argv", [path, *arguments]), mock.patch.object(sys, "path", search),
-          contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as ended):
-        runpy.run_path(str(ROOT / path), run_name="__main__")
-    return Ended(ended.value.code, output.getvalue(), "", 0.0)
 
 
 def check_held(ended):
@@ -51,7 +39,7 @@ def check_failed(ended, fails):
 @pytest.mark.ranks(1, 2, 4)
 def test_a_lesson_s_checks_hold(comm, lesson):
     """As `mpirun -n N python lessons/...`, but one job starts the N processes for all lessons."""
-    ended = called(path_of(lesson))
+    ended = within.lesson(path_of(lesson))
     if comm.rank == 0:
         check_held(ended)
     else:
@@ -67,7 +55,7 @@ def test_the_checks_of_a_lesson_about_time_hold(n, lesson):
 
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_a_lesson_s_checks_hold_on_virtual_ranks(lesson):
-    check_held(called(path_of(lesson), "--ranks", "4", "--shuffle", "7"))
+    check_held(within.lesson(path_of(lesson), "--ranks", "4", "--shuffle", "7"))
 
 
 def test_a_lesson_runs_without_mpirun():
@@ -95,35 +83,41 @@ def test_a_lesson_whose_check_fails_on_one_rank_exits_with_1(n):
     assert f"FAILS  two is three on the last rank (on rank {n - 1})" in ended.output
 
 
-@pytest.fixture
-def written(tmp_path):
+def written(answer, folder):
     """Writes a reader's file, and returns the command line that has it judged."""
-
-    def write(answer):
-        file = tmp_path / "answer.py"
-        file.write_text(answer.text)
-        return path_of(answer.lesson), "--answer", str(file)
-
-    return write
+    file = Path(folder) / "answer.py"
+    file.write_text(answer.text)
+    return path_of(answer.lesson), "--answer", str(file)
 
 
 @pytest.mark.parametrize("name", RIGHT)
 @pytest.mark.ranks(2)
-def test_a_right_answer_passes(n, name, written):
-    check_held(mpirun(n, *written(RIGHT[name])))
+def test_a_right_answer_passes(n, name, tmp_path):
+    check_held(mpirun(n, *written(RIGHT[name], tmp_path)))
 
 
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.ranks(2)
-def test_a_wrong_answer_fails_the_checks_that_are_about_it(n, name, written):
-    check_failed(mpirun(n, *written(WRONG[name])), WRONG[name].fails)
+def test_a_wrong_answer_fails_the_checks_that_are_about_it(comm, name):
+    """As `mpirun -n 2 python lessons/... --answer FILE`, but one job starts the two processes for all answers."""
+    with tempfile.TemporaryDirectory() as folder:
+        ended = within.lesson(*written(WRONG[name], folder))
+    if comm.rank == 0:
+        check_failed(ended, WRONG[name].fails)
+    else:
+        assert (ended.code, ended.output) == (1, "")
+
+
+@pytest.mark.ranks(2)
+def test_so_it_does_as_it_is_typed(n, tmp_path):
+    check_failed(mpirun(n, *written(WRONG["15: one buffer"], tmp_path)), WRONG["15: one buffer"].fails)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("name", ["14: means", "15: one buffer", "15: nobody looks", "16: a time counts twice",
                                   "17: nothing written"])
-def test_so_it_does_on_virtual_ranks(name, ranks, written):
-    check_failed(called(*written(WRONG[name]), "--ranks", str(ranks)), WRONG[name].fails)
+def test_so_it_does_on_virtual_ranks(name, ranks, tmp_path):
+    check_failed(within.lesson(*written(WRONG[name], tmp_path), "--ranks", str(ranks)), WRONG[name].fails)
 
 
 @pytest.mark.parametrize(("text", "error"), [
