@@ -48,7 +48,7 @@ def test_a_lesson_s_checks_hold(comm, lesson):
 @pytest.mark.parametrize("lesson", [lesson for lesson in LESSONS if lesson not in [*ABOUT_TIME, *HEAVY]])
 @pytest.mark.ranks(2)
 def test_a_lesson_s_checks_hold_where_the_left_neighbour_is_the_right_one(comm, lesson):
-    """Where it matters: the heavy ones leave their messages to the schedules, which have tests of their own at N = 2."""
+    """Where it matters: the heavy ones leave their messages to the schedules, which have their own tests at N = 2."""
     require_lesson_held(comm, lesson)
 
 
