@@ -20,6 +20,11 @@ TEXT = ("--text", "README.md")  # for commands whose text does not matter: the s
 # As it is before any test: jobs are started beside tests that change it for themselves.
 BEFORE = dict(os.environ)
 
+if sys.dont_write_bytecode:
+    # Hundreds of processes would compile the package each for itself: the first does it for all, beside the sources.
+    COMPILED = tempfile.TemporaryDirectory(prefix="tsp_ref-compiled-")
+    BEFORE |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": COMPILED.name}
+
 # What Open MPI needs to start more ranks than cores, as root too; MPICH ignores all of it.
 OPEN_MPI = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",

@@ -1,31 +1,42 @@
 """The commands as people type them, on N real ranks: what they print, what they refuse, and how they end."""
 
-import contextlib
-import io
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
+from functools import cache
+from unittest import mock
 
 import launcher
 import pytest
-from launcher import TEXT, begin, collect, end, mpirun
+import within
+from cases import single_training
+from launcher import ROOT, TEXT, begin, collect, end, mpirun
 
-from tsp_ref.cli import main
 from tsp_ref.comm.control import gather_texts
+from tsp_ref.config import make_config
+from tsp_ref.schedules import collectives
+from tsp_ref.training.collect import digest
+from tsp_ref.training.data import load_text
+from tsp_ref.tree import Tree
 
 DIGEST = re.compile(r"^digest sha256:([0-9a-f]{64})$", re.MULTILINE)
 TINY = ("-m", "tsp_ref", "train", "--preset", "tiny", "--digest")
-WARM_UP_AND_DECAY = (*TEXT, "--steps", "8")  # the preset warms up for five steps
+WARM_UP_AND_DECAY = (*TEXT, "--set", "warmup_steps=2", "--steps", "5")
+
+
+def printed_digest(ended):
+    """The digest that a run has printed as its last line."""
+    assert ended.code == 0, ended.output + ended.errors
+    assert DIGEST.fullmatch(ended.output.rstrip().splitlines()[-1]), ended.output
+    return DIGEST.search(ended.output).group(1)
 
 
 def digest_of(n, *arguments):
-    """The digest that a run prints as its last line."""
-    ended = mpirun(n, *TINY, *arguments)
-    assert ended.code == 0, ended.errors
-    assert DIGEST.fullmatch(ended.output.rstrip().splitlines()[-1]), ended.output
-    return DIGEST.search(ended.output).group(1)
+    """The digest that N ranks print."""
+    return printed_digest(mpirun(n, *TINY, *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -38,55 +49,76 @@ def test_train_prints_the_single_process_s_digest(n, single_digest):
     assert digest_of(n, *WARM_UP_AND_DECAY) == single_digest
 
 
-@pytest.mark.ranks(4)
-def test_in_float64_it_is_another_digest_and_the_single_process_s_too(n, single_digest):
-    in_float64 = digest_of(n, *WARM_UP_AND_DECAY, "--dtype", "float64")
-    assert in_float64 == digest_of(1, *WARM_UP_AND_DECAY, "--dtype", "float64", "--schedule", "single")
-    assert in_float64 != single_digest
-
-
 @pytest.mark.ranks(3)
 def test_the_lines_of_the_readme_print_one_digest_of_twenty_steps_on_the_standard_library(n):
     assert digest_of(n, "--steps", "20") == digest_of(1, "--steps", "20", "--schedule", "single")
 
 
-SHORT = (*TEXT, "--steps", "3")
+@cache
+def digest_of_one(dtype="float32"):
+    """The single process's, after a few steps, computed by the caller."""
+    config = make_config("tiny", steps=3, dtype=dtype)
+    training = single_training(config, load_text([str(ROOT / TEXT[1])], config))
+    for _ in range(config.steps):
+        training.step()
+    training.validate()  # as `train` does at its end
+    return digest(training)
 
 
-@pytest.fixture(scope="module")
-def short_digest():
-    """What one process prints for a run of a few steps."""
-    return digest_of(1, *SHORT, "--schedule", "single")
+def require_digest_of_one(comm, *options, dtype="float32"):
+    """That `train` with these options, called on every rank, prints the single process's digest, once."""
+    ended = within.command(*TINY[2:], *TEXT, "--steps", "3", "--dtype", dtype, *options)
+    if comm.rank == 0:
+        assert printed_digest(ended) == digest_of_one(dtype), options
+    else:
+        assert (ended.code, ended.output) == (0, "")
+
+
+@pytest.mark.ranks(4)
+def test_in_float64_it_is_another_digest_and_the_single_process_s_too(comm):
+    require_digest_of_one(comm, dtype="float64")
+    assert comm.rank or digest_of_one("float64") != digest_of_one("float32")
 
 
 SCHEDULES_AT = {1: ["tp", "sp", "tp+sp"], 2: ["tp", "sp"], 3: ["tp+sp"], 4: ["tp", "sp", "tp+sp"], 8: ["tp+sp"]}
 RECOMPUTE_AT = {1: "none", 2: "attention", 3: "full", 4: "none", 8: "none"}
 
 
-def test_train_under_another_schedule_prints_the_same_digest(n, short_digest):
+def test_train_under_another_schedule_prints_the_same_digest(comm):
     """That every schedule computes the same at every N is tested without the command; here are the options."""
-    for schedule in SCHEDULES_AT[n]:
-        options = "--schedule", schedule, "--recompute", RECOMPUTE_AT[n]
-        assert digest_of(n, *SHORT, *options) == short_digest, schedule
+    for schedule in SCHEDULES_AT[comm.size]:
+        require_digest_of_one(comm, "--schedule", schedule, "--recompute", RECOMPUTE_AT[comm.size])
 
 
 @pytest.mark.parametrize("mesh", ["1x8", "4x2", "8x1"])
 @pytest.mark.ranks(8)
-def test_train_on_another_mesh_than_the_squarest_prints_the_same_digest(n, mesh, short_digest):
-    assert digest_of(n, *SHORT, "--schedule", "tp+sp", "--mesh", mesh) == short_digest
+def test_train_on_another_mesh_than_the_squarest_prints_the_same_digest(comm, mesh):
+    require_digest_of_one(comm, "--schedule", "tp+sp", "--mesh", mesh)
 
 
 @pytest.mark.parametrize("options", ["--recompute attention", "--recompute full --layout contiguous"])
 @pytest.mark.ranks(4)
-def test_train_prints_the_same_digest_whatever_is_recomputed_and_whoever_holds_which_tiles(n, options, short_digest):
-    assert digest_of(n, *SHORT, *options.split()) == short_digest
+def test_train_prints_the_same_digest_whatever_is_recomputed_and_whoever_holds_which_tiles(comm, options):
+    require_digest_of_one(comm, *options.split())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.ranks(1, 4)
-def test_verify_is_green(n, dtype):
-    ended = mpirun(n, "-m", "tsp_ref", "verify", *TEXT, "--dtype", dtype)
+def test_verify_is_green(comm, dtype):
+    require_green(within.command("verify", *TEXT, "--dtype", dtype), comm.size, comm.rank)
+
+
+@pytest.mark.ranks(4)
+def test_verify_as_it_is_typed_is_green(n):
+    require_green(mpirun(n, "-m", "tsp_ref", "verify", *TEXT), n)
+
+
+def require_green(ended, n, rank=0):
+    """Every tensor of the preset is equal, and rank 0 says so."""
     assert ended.code == 0, ended.output + ended.errors
+    if rank:
+        assert ended.output == ""
+        return
     assert re.search(rf"EQUAL, every bit: 86 tensors, {n} ranks? against one process, 2 steps$", ended.output.rstrip())
     assert "DIFFERS" not in ended.output
     for name in ("layers.1.attention.q ", "head.x ", "gradient of layers.0.mlp.down ", "updated embedding "):
@@ -95,40 +127,62 @@ def test_verify_is_green(n, dtype):
 
 @pytest.mark.parametrize("schedule", ["tp", "sp", "tp+sp"])
 @pytest.mark.ranks(4)
-def test_verify_is_green_under_another_schedule(n, schedule):
-    ended = mpirun(n, "-m", "tsp_ref", "verify", *TEXT, "--steps", "1", "--schedule", schedule)
+def test_verify_is_green_under_another_schedule(comm, schedule):
+    ended = within.command("verify", *TEXT, "--steps", "1", "--schedule", schedule)
     assert ended.code == 0, ended.output + ended.errors
-    assert ended.output.rstrip().endswith("EQUAL, every bit: 86 tensors, 4 ranks against one process, 1 step")
+    assert comm.rank or ended.output.rstrip().endswith(
+        "EQUAL, every bit: 86 tensors, 4 ranks against one process, 1 step")
 
 
 BROKEN_TREE = """
-import sys
-from tsp_ref.tree import Tree
-from tsp_ref.schedules import collectives
-
 def add(self, index, partial, level=0):
     waiting = self._waiting.pop(self._root, None)
     self._waiting[self._root] = partial if waiting is None else self.merge(waiting, partial)
 
-Tree.add = add
-collectives.cover = lambda leaves, part: [Tree(leaves)._root] if part else []
+def cover(leaves, part):
+    return [Tree(leaves)._root] if part else []
+"""
+
+VERIFY_WITH_BROKEN_TREE = f"""
+import sys
+from tsp_ref.schedules import collectives
+from tsp_ref.tree import Tree
+{BROKEN_TREE}
+Tree.add, collectives.cover = add, cover
 from tsp_ref.cli import main
 sys.exit(main(["verify", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.ranks(4)
-def test_verify_is_red_when_the_tree_sums_in_order_of_arrival(n, dtype):
-    ended = mpirun(n, "-c", BROKEN_TREE, *TEXT, "--dtype", dtype)
+def require_red(ended):
+    """It is said that not all tensors are equal, and of a gradient that it is not."""
     assert ended.code == 1, ended.output + ended.errors
     assert re.search(r"NOT EQUAL: \d+ of 8\d tensors", ended.output)
     assert "DIFFERS  gradient of layers.0" in ended.output
 
 
+@pytest.mark.ranks(4)
+def test_verify_is_red_when_the_tree_sums_in_order_of_arrival(n):
+    require_red(mpirun(n, "-c", VERIFY_WITH_BROKEN_TREE, *TEXT))
+
+
+@pytest.mark.ranks(4)
+def test_verify_is_red_in_float64_too(comm):
+    broken = {"Tree": Tree}
+    exec(BROKEN_TREE, broken)
+    with mock.patch.object(Tree, "add", broken["add"]), mock.patch.object(collectives, "cover", broken["cover"]):
+        ended = within.command("verify", *TEXT, "--dtype", "float64")
+    assert ended.code == 1
+    if comm.rank == 0:
+        require_red(ended)
+
+
 @pytest.mark.ranks(8)
-def test_eight_ranks_show_an_eighth_each_in_the_table_at_the_end(n):
-    ended = mpirun(n, *TINY, *TEXT, "--steps", "2")
+def test_eight_ranks_show_an_eighth_each_in_the_table_at_the_end(comm):
+    ended = within.command(*TINY[2:], *TEXT, "--steps", "2")
+    assert ended.code == 0
+    if comm.rank:
+        return
     rows = [line.split() for line in ended.output.splitlines() if re.match(r"\s+[0-7]\s", line)]
     assert [row[0] for row in rows] == list("01234567")
     assert all(row.count("1/8.00") == 2 for row in rows), ended.output
@@ -140,10 +194,10 @@ REFUSED = {
     "--set hidden_size=100": "hidden_size=100 is not a multiple of num_heads=16: use 96 or 128",
     "--text {short}": "holds 400 bytes: a sequence of seq_len=256 needs at least 514",
     "--text {empty}": "holds 0 bytes: a sequence of seq_len=256 needs at least 514",
-    "--schedule single": "--schedule single is one process, and this job has 4 ranks",
+    "--schedule single --text README.md": "--schedule single is one process, and this job has 4 ranks",
     "--ranks 4": "--ranks 4 asks for virtual ranks inside one process",
-    "--log /no/such/folder/log": "--log /no/such/folder/log cannot be written",
-    "--preset tiny --set learning_rate=1e9 warmup_steps=0": "is not finite: lower learning_rate",
+    "--log /no/such/folder/log --text README.md": "--log /no/such/folder/log cannot be written",
+    "--preset tiny --set learning_rate=1e9 warmup_steps=0 --text README.md": "is not finite: lower learning_rate",
 }
 
 
@@ -186,10 +240,9 @@ ALSO_REFUSED = {
 @pytest.mark.ranks(4)
 def test_an_impossible_request_is_one_line_of_one_rank_and_exit_code_2_of_all(comm, request_):
     """The command is called, not typed, so one job does for all requests; what N ranks say is seen rank by rank."""
-    with contextlib.redirect_stderr(io.StringIO()) as errors:
-        code = main(["train", *request_.split()])
-    assert code == 2
-    first, *others = gather_texts(comm, errors.getvalue())
+    ended = within.command("train", *request_.split())
+    assert ended.code == 2
+    first, *others = gather_texts(comm, ended.errors)
     assert first.startswith("error: ") and first.count("\n") == 1 and ALSO_REFUSED[request_] in first
     assert others == [""] * (comm.size - 1)
 
@@ -325,8 +378,6 @@ def test_a_launcher_of_another_mpi_is_noticed_and_named(tmp_path):
     """A launcher of another vendor sets its variables, and the library ignores them: N times rank 0 of 1."""
     foreign = {"MPICH": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")}
     rank, size = foreign.get(launcher.vendor().split()[0], ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"))
-    import subprocess
-
     ended = subprocess.run(
         [sys.executable, "-m", "tsp_ref", "train"], capture_output=True, text=True, timeout=60,
         env=launcher.environment(**{rank: "0", size: "4"}))

@@ -17,7 +17,7 @@ from tsp_ref.training.strategy import Plan
 
 
 def test_every_schedule_s_ledger_is_the_formula_to_the_byte(comm):
-    config = case_config("grouped-query", "float32", tiles=8)
+    config = case_config("grouped-query", "float32")
     for plan in all_plans(comm.size):
         comm.finish()  # what was sent under the plan before was received, so its books can be closed
         comm.ledger.entries.clear()
@@ -35,7 +35,8 @@ def test_every_schedule_s_ledger_is_the_formula_to_the_byte(comm):
 def test_the_memory_counted_is_within_5_percent_of_what_python_traced(comm, schedule, recompute):
     """Two runs: in one all arrays are counted, in the other, uncounted, Python's own allocations are traced. The model
     is large enough for Python's objects, which are traced too, not to matter."""
-    config = make_config("tiny", hidden_size=256, ffn_size=512, seq_len=1024, batch_size=1, num_layers=1)
+    config = make_config("tiny", hidden_size=256, ffn_size=512, seq_len=1024, batch_size=1, num_layers=1, blocks=4,
+                         tiles=8)
     text = Text(*np.split(np.tile(random_text().training, 2), 2), "random bytes")
 
     def step(counted):

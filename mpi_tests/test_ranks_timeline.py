@@ -1,10 +1,13 @@
 """The timeline on real ranks: everything recorded once, on one clock, whoever helps messages on."""
 
 import re
+import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import within
 from cases import case_config
 from lanes import check_all, check_own, read_trace, recorded_step
 from launcher import TEXT, mpirun
@@ -69,16 +72,19 @@ def test_a_message_is_complete_when_somebody_notices(comm, progress):
 
 
 @pytest.mark.ranks(2, 4)
-def test_train_draws_its_last_step_and_prints_the_same_digest(n, tmp_path):
-    command = ("-m", "tsp_ref", "train", "--preset", "tiny", "--steps", "2", "--digest", *TEXT)
-    plain = mpirun(n, *command)
-    files = tmp_path / "step.json", tmp_path / "step.svg"
-    drawn = mpirun(n, *command, "--timeline", "--trace", str(files[0]), "--svg", str(files[1]))
-    assert plain.code == drawn.code == 0, drawn.errors
-    assert drawn.output.splitlines()[-1] == plain.output.splitlines()[-1]
-    assert len(re.findall(r"^rank \d .* \d+%$", drawn.output, re.MULTILINE)) == n
-    assert len({event["pid"] for event in read_trace(files[0].read_text())["X"]}) == n
-    assert files[1].read_text().rstrip().endswith("</svg>")
+def test_train_draws_its_last_step_and_prints_the_same_digest(comm):
+    command = ("train", "--preset", "tiny", "--steps", "2", "--digest", *TEXT)
+    plain = within.command(*command)
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder) / "step.json", Path(folder) / "step.svg"
+        drawn = within.command(*command, "--timeline", "--trace", str(files[0]), "--svg", str(files[1]))
+        assert plain.code == drawn.code == 0
+        if comm.rank:
+            return
+        assert drawn.output.splitlines()[-1] == plain.output.splitlines()[-1]
+        assert len(re.findall(r"^rank \d .* \d+%$", drawn.output, re.MULTILINE)) == comm.size
+        assert len({event["pid"] for event in read_trace(files[0].read_text())["X"]}) == comm.size
+        assert files[1].read_text().rstrip().endswith("</svg>")
 
 
 @pytest.mark.ranks(2)

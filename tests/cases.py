@@ -29,7 +29,7 @@ SMALL = dict(num_layers=2, hidden_size=32, ffn_size=48, seq_len=32)
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": dict(SMALL, num_heads=8, tiles=8),
-    "grouped-query": dict(SMALL, hidden_size=64, num_heads=16, num_kv_heads=8),
+    "grouped-query": dict(SMALL, hidden_size=64, num_heads=16, num_kv_heads=8, tiles=8),
     "tied head": dict(SMALL, num_layers=1, num_heads=8, tied_head=True, batch_size=1, tiles=8),
     "nine blocks, eleven tiles": dict(num_layers=1, hidden_size=36, num_heads=18, num_kv_heads=9, ffn_size=45,
                                       seq_len=33, vocab_size=261, blocks=9, tiles=11, batch_size=3),

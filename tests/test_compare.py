@@ -8,8 +8,8 @@ from tsp_ref.cli import main
 
 FIELDS = {"schedule", "mesh", "digest", "model_state_bytes", "activation_bytes", "peak_bytes", "forward_bytes_sent",
           "backward_bytes_sent", "messages", "balance", "step_seconds"}
-SMALL = ["--preset", "tiny", "--set", "num_layers=1", "hidden_size=32", "ffn_size=48", "tiles=8", "--steps", "1",
-         "--text", __file__]
+SMALL = ["--preset", "tiny", "--set", "num_layers=1", "hidden_size=32", "ffn_size=48", "blocks=4", "tiles=8",
+         "--steps", "1", "--text", __file__]
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ class WatchedNumpy:
 
 def float32_run(comm, schedule):
     """Two training steps and a validation on watched arrays."""
-    config = case_config("grouped-query", "float32", tiles=8)
+    config = case_config("grouped-query", "float32")
     training = Training(config, comm, Plan(schedule), random_text(), WatchedNumpy())
     for _ in range(2):
         training.step()

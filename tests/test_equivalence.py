@@ -21,7 +21,7 @@ def every_plan(schedules, sizes, **options):
 
 
 @pytest.mark.parametrize("config", [
-    case_config("grouped-query", "float32", tiles=8), case_config("nine blocks, eleven tiles", "float32")],
+    case_config("grouped-query", "float32"), case_config("nine blocks, eleven tiles", "float32")],
     ids=["even", "uneven"])
 @pytest.mark.parametrize("plan, ranks", every_plan(SCHEDULES, [1, 2, 3, 4, 8]))
 def test_two_steps_on_virtual_ranks_have_the_digest_of_the_single_process(plan, ranks, config):
@@ -49,7 +49,7 @@ def test_computing_anew_what_a_backward_needs_changes_no_bit(plan, ranks):
 
 @pytest.mark.parametrize("plan, ranks", every_plan(SCHEDULES, [3]))
 def test_the_bits_agree_where_a_tile_is_several_strips_of_queries_and_chunks_of_keys(plan, ranks, monkeypatch):
-    config = case_config("grouped-query", "float32", num_layers=1, tiles=8)
+    config = case_config("grouped-query", "float32", num_layers=1)
     whole = single_digest(config, steps=1)
     monkeypatch.setattr(attention, "CHUNK_BYTES", 1)
     monkeypatch.setattr(attention, "STRIP", config.tile_len // 2)
@@ -85,7 +85,7 @@ def test_an_axis_may_have_more_ranks_than_what_is_dealt_along_the_other(plan, ra
 
 @pytest.mark.parametrize("plan", [Plan("tp"), Plan("sp"), Plan("tp+sp", "2x2"), Plan("tsp")], ids=str)
 def test_twenty_random_orders_of_arrival_change_no_bit(plan):
-    config = case_config("grouped-query", "float32", num_layers=1, blocks=4, num_kv_heads=4, tiles=8)
+    config = case_config("grouped-query", "float32", num_layers=1, blocks=4, num_kv_heads=4)
     wanted = single_digest(config, steps=1)
     for seed in range(20):
         assert virtual_digest(config, plan, 4, seed, steps=1) == wanted, f"seed {seed}"

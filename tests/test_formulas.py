@@ -20,7 +20,7 @@ from tsp_ref.training.strategy import Plan, choose_strategy
 
 EVERYWHERE = [(case, ranks) for case in ("grouped-query", "nine blocks, eleven tiles") for ranks in (1, 2, 3, 4, 8)]
 SOMEWHERE = [("plain", 2), ("tied head", 3)]
-SIZES = {"grouped-query": dict(tiles=8, num_layers=1)}  # that every layer counts, the others say
+SIZES = {"grouped-query": dict(num_layers=1)}  # that every layer counts, the others say
 
 
 def check(config, ranks, plan):
@@ -46,7 +46,7 @@ def test_the_books_of_every_schedule_are_the_formulas_to_the_byte(case, ranks):
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_the_books_of_recomputation_are_the_formulas_to_the_byte(ranks, recompute):
     for plan in all_plans(ranks, recompute=recompute):
-        check(case_config("grouped-query", "float64", tiles=8), ranks, plan)
+        check(case_config("grouped-query", "float64", num_layers=1), ranks, plan)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -24,7 +24,7 @@ def test_gradients_of_the_single_process_are_central_differences(case, what):
     (Plan("tsp"), 3), (Plan("sp", layout="contiguous", recompute="attention"), 2), (Plan("tp", recompute="full"), 2),
     (Plan("tp+sp", "1x2", recompute="full"), 2), (Plan("tsp", recompute="full"), 2)], ids=str)
 def test_gradients_on_virtual_ranks_are_central_differences(plan, ranks, what):
-    config = case_config("grouped-query", "float64", num_layers=1, tiles=8)
+    config = case_config("grouped-query", "float64", num_layers=1)
 
     def main(comm):
         return gradient_gaps(*schedule_calls(config, plan, comm), sum_over(comm), what)

@@ -32,7 +32,7 @@ from tsp_ref.training.strategy import Plan
 from tsp_ref.tree import Tree
 
 MODULES = {"tp": tp, "sp": sp, "tp+sp": tp_sp, "tsp": tsp}
-CONFIG = case_config("grouped-query", "float32", num_layers=1, tiles=8)
+CONFIG = case_config("grouped-query", "float32", num_layers=1)
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..arrays import Array
 from ..errors import MessageError, UserError
@@ -20,7 +22,7 @@ from .timeline import Timeline
 
 LONGEST_SLEEP = 100e-6  # seconds: other messages may arrive meanwhile
 PROGRESS = ("wait", "poll", "thread")
-DTYPES = ("float32", "float64", "int64", "uint8")
+DTYPES = tuple(map(np.dtype, ("float32", "float64", "int64", "uint8")))
 
 
 @dataclass
@@ -46,8 +48,7 @@ class Request:
                 f"{list(self.array.shape)} {self.array.dtype}, {self.array.nbytes} bytes")
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """What messages are counted by. The phase is (part of the model, direction), as its caller names it."""
 
     verb: str  # "send" or "receive"
@@ -236,8 +237,8 @@ class Communicator(ABC):
         array, peer = request.array, request.peer
         if not 0 <= peer < self.size or peer == self.rank:
             raise MessageError(f"{request}: the peer must be another rank of 0 to {self.size - 1}")
-        if str(array.dtype) not in DTYPES:
-            raise MessageError(f"{request}: the dtype must be one of {', '.join(DTYPES)}")
+        if array.dtype not in DTYPES:
+            raise MessageError(f"{request}: the dtype must be one of {', '.join(map(str, DTYPES))}")
         # An array that lies in memory in another order would arrive in that order, silently.
         if not array.flags.c_contiguous:
             raise MessageError(f"{request}: the array must be C-contiguous; send a copy, or lay it out so")

@@ -26,6 +26,8 @@ from .staging import Device, DeviceTransport, StagedTransport, Transport
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
 HELP_EVERY = 200e-6  # seconds between two looks of a thread that helps messages on
+BACK_OFF = 2.5e-6  # seconds by which a pause is longer than the pause before it
+LONGEST_PAUSE = 1e-3  # seconds
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 GPU_SUPPORT = {
@@ -144,9 +146,10 @@ class MPICommunicator(Communicator):
 
     def _pause(self, requests: list[Request], polls: int) -> None:
         """Wait by testing, not inside MPI: so Ctrl-C is heard, and where ranks outnumber cores, a rank that waits for
-        long sleeps and leaves its core to one that works (a wait inside MPI would spin on it)."""
-        if self._crowded and polls > 20:
-            time.sleep(50e-6)
+        long sleeps, the longer the longer, and leaves its core to one that works (a wait inside MPI would spin on
+        it)."""
+        if self._crowded:
+            time.sleep(min(polls * BACK_OFF, LONGEST_PAUSE))
 
     def _check_all_received(self) -> None:
         """Compare what each rank says it sent to this one with what this one received: a check, not a part of the data

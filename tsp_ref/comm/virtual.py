@@ -103,7 +103,9 @@ class VirtualWorld:
         # Unmatched messages by (source, destination, tag): a queue holds sends or receives, never both.
         self.posted: dict[tuple[int, int, int], deque[Request]] = defaultdict(deque)
         self._matched: deque[tuple[Request, Request]] = deque()
-        self._turns = [threading.Semaphore(0) for _ in range(size)]
+        self._turns = [threading.Lock() for _ in range(size)]  # released for a rank when it has the turn
+        for turn in self._turns:
+            turn.acquire()
         self._waiting: dict[int, list[Request]] = {rank: [] for rank in range(size)}
         self._failure: BaseException | None = None
 
@@ -123,7 +125,7 @@ class VirtualWorld:
                     error.add_note(f"on virtual rank {rank} of {self.size}")
                     self._failure = error
             del self._waiting[rank]
-            self._hand_on(rank)
+            self._give_turn(self._choose(rank))
 
         self._turns[0].release()
         if self.size == 1:
@@ -177,8 +179,10 @@ class VirtualWorld:
     def yield_turn(self, rank: int, requests: list[Request]) -> None:
         """Let other ranks run; return when it is this rank's turn and, if it waits, one of its requests is complete."""
         self._waiting[rank] = requests
-        self._hand_on(rank)
-        self._turns[rank].acquire()
+        following = self._choose(rank)
+        if following != rank:
+            self._give_turn(following)
+            self._turns[rank].acquire()
         self._waiting[rank] = []
         self._raise_if_cancelled()
 
@@ -186,8 +190,7 @@ class VirtualWorld:
         if self._failure is not None:
             raise Cancelled
 
-    def _hand_on(self, rank: int) -> None:
-        following = self._choose(rank)
+    def _give_turn(self, following: int | None) -> None:
         if following is not None:
             self._turns[following].release()
 
@@ -196,18 +199,23 @@ class VirtualWorld:
         while self._waiting:
             if self.random and self.random.random() < 0.5:
                 self.deliver()
-            order = sorted(self._waiting, key=lambda rank: (rank - current - 1) % self.size)
-            able = [rank for rank in order if self._failure is not None or self._can_run(rank)]
-            if able:
-                return self.random.choice(able) if self.random else able[0]
+            able = (rank for step in range(1, self.size + 1) if self._can_run(rank := (current + step) % self.size))
+            if self.random:
+                choice = list(able)
+                if choice:
+                    return self.random.choice(choice)
+            elif (following := next(able, None)) is not None:
+                return following
             if not self.deliver():
                 waits = "; ".join(str(request) for requests in self._waiting.values() for request in requests)
                 self._failure = MessageError(f"deadlock, every rank waits: {waits}")
         return None
 
     def _can_run(self, rank: int) -> bool:
-        requests = self._waiting[rank]
-        return not requests or any(request.handle for request in requests)
+        requests = self._waiting.get(rank)
+        if requests is None:
+            return False  # it has ended
+        return not requests or self._failure is not None or any(request.handle for request in requests)
 
 
 def _mismatch(sent: Array, received: Any) -> str | None:
