@@ -28,6 +28,8 @@ RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WOR
 HELP_EVERY = 200e-6  # seconds between two looks of a thread that helps messages on
 BACK_OFF = 2.5e-6  # seconds by which a pause is longer than the pause before it
 LONGEST_PAUSE = 1e-3  # seconds
+PATIENCE = 5000  # looks, some milliseconds, after which a rank that has a core to itself sleeps, too
+SHORT_PAUSE = 50e-6  # seconds
 SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 GPU_SUPPORT = {
@@ -147,9 +149,11 @@ class MPICommunicator(Communicator):
     def _pause(self, requests: list[Request], polls: int) -> None:
         """Wait by testing, not inside MPI: so Ctrl-C is heard, and where ranks outnumber cores, a rank that waits for
         long sleeps, the longer the longer, and leaves its core to one that works (a wait inside MPI would spin on
-        it)."""
+        it). Elsewhere it sleeps only in a long wait: others may use the machine, too."""
         if self._crowded:
             time.sleep(min(polls * BACK_OFF, LONGEST_PAUSE))
+        elif polls > PATIENCE:
+            time.sleep(SHORT_PAUSE)
 
     def _check_all_received(self) -> None:
         """Compare what each rank says it sent to this one with what this one received: a check, not a part of the data

@@ -314,8 +314,9 @@ def attention_backward(
     """dy: slot -> [B, s, h]. Returns dx; writes the layer's attention gradients and the tiles' gain gradients.
 
     Weights, keys and values travel again, those of the next block while this one is attended with. Gradients of keys
-    and values go home to the tokens' owners under the next block's attention; only then can those of the block's
-    weights be formed, which go home to the block's owner.
+    and values go home to the tokens' owners under the next two blocks' attention; only then can those of the block's
+    weights be formed, which go home to the block's owner. (Two, because ranks do not keep the same pace: one that is
+    behind by less than a block would hold up the others.)
     """
     config, grid, xp = model.config, model.grid, model.xp
     gain = weights.gains[2 * layer]
@@ -346,7 +347,7 @@ def attention_backward(
             yield owner, block, packed, dq, dkv, ScatterKeysValues(comm, model, dkv, Tag.KEYS_VALUES_GRADIENTS)
         follow(model)
 
-    for owner, block, packed, dq, dkv, exchange in Ahead(attended()):
+    for owner, block, packed, dq, dkv, exchange in Ahead(attended(), 2):
         exchange.finish()
         wqkv, _ = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
         dweights = Tree[Array](range(config.tiles))
