@@ -196,6 +196,8 @@ def key_chunks(q: Array, count: int, length: int) -> list[tuple[slice, int]]:
 
 def rows_from(x: Array, first: int, length: int) -> Array:
     """The rows of x [B, K/G, g·s, ...] that belong to the queries from `first` on, of each query head."""
+    if first == 0:
+        return x
     rows = of_queries(x, slice(first, length), length)
     return rows.reshape(*x.shape[:2], -1, x.shape[-1])
 

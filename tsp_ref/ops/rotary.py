@@ -30,6 +30,7 @@ def halves_swapped(x: Array) -> Array:
 
 def rotary_forward(xp: Namespace, x: Array, table: Array) -> Array:
     """Turn each pair of x [..., s, e] by its position's angle."""
+    x = xp.ascontiguousarray(x)  # it is read twice, and its rows may lie apart
     y = x * table[0]
     y += (halves_swapped(x) * table[1].reshape(x.shape[-2], 2, -1)).reshape(x.shape)
     return y

@@ -53,19 +53,20 @@ class AdamW:
     ) -> None:
         config, xp = self.model.config, self.model.xp
         rate = learning_rate(config, step)
-        scaled = gradient * factor
-        change = xp.empty_like(scaled)
+        change = gradient * (factor * (1.0 - config.beta1))
         first *= config.beta1
-        first += xp.multiply(scaled, 1.0 - config.beta1, out=change)
+        first += change
+        xp.multiply(gradient, gradient, out=change)
+        change *= factor * factor * (1.0 - config.beta2)
         second *= config.beta2
-        scaled *= scaled
-        second += xp.multiply(scaled, 1.0 - config.beta2, out=change)
-        # weight -= rate · (m̂ / (sqrt(v̂) + eps) + decay · weight), with both moments' start from zero corrected.
-        xp.multiply(second, 1.0 / (1.0 - config.beta2 ** (step + 1)), out=scaled)
-        xp.sqrt(scaled, out=scaled)
-        scaled += config.adam_eps
-        xp.divide(first, scaled, out=change)
-        change *= rate / (1.0 - config.beta1 ** (step + 1))
+        second += change
+        # weight -= rate · (m̂ / (sqrt(v̂) + eps) + decay · weight), with both moments' start from zero corrected:
+        # m̂ = first / (1 - beta1^steps), v̂ = second / (1 - beta2^steps).
+        root = math.sqrt(1.0 - config.beta2 ** (step + 1))
+        xp.sqrt(second, out=change)
+        change += config.adam_eps * root
+        xp.divide(first, change, out=change)
+        change *= rate * root / (1.0 - config.beta1 ** (step + 1))
         weight *= 1.0 - rate * decay
         weight -= change
 
