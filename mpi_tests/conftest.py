@@ -4,11 +4,16 @@ Such a test is collected once for each N (1, 2, 3, 4, 8, or those that `@pytest.
 run in one job. The jobs run one after another, from the start, beside the tests that pytest itself runs; pytest asks
 for each test's outcome when its turn has come. A test that fails, or hangs, ends its job and is blamed; another job
 runs the rest. The run ends by saying how many tests ran at which N.
+
+A test marked `beside`, which takes no fixtures, runs in such a job too, the first: of one process, without MPI. So two
+cores have work from the start to the end.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import sys
 import tempfile
 import threading
 import time
@@ -23,10 +28,12 @@ import pytest
 SIZES = (1, 2, 3, 4, 8)
 JOBS = pytest.StashKey["Jobs"]()
 LIMIT = 120.0  # seconds for one test, after which it hangs
+WITHOUT_MPI = 0  # the N of the job that is one process, not started by a launcher
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ranks(*sizes): the numbers of ranks that an MPI test runs at")
+    config.addinivalue_line("markers", "beside: runs in a process beside pytest's, without MPI; takes no fixtures")
     config.stash[JOBS] = Jobs()
 
 
@@ -39,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     for item in session.items:
-        if _size(item, "comm") is not None:
+        if _job(item) is not None:
             session.config.stash[JOBS].add(item)
 
 
@@ -56,7 +63,7 @@ def pytest_runtestloop(session: pytest.Session) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
-    if _size(pyfuncitem, "comm") is None:
+    if _job(pyfuncitem) is None:
         return None
     failure = pyfuncitem.config.stash[JOBS].failure_of(pyfuncitem)
     if failure is not None:
@@ -90,6 +97,11 @@ def _size(item: pytest.Item, name: str) -> int | None:
     return callspec.params.get(name) if callspec else None
 
 
+def _job(item: pytest.Item) -> int | None:
+    """The N of the job that runs a test; None: pytest itself does."""
+    return WITHOUT_MPI if item.get_closest_marker("beside") else _size(item, "comm")
+
+
 class Jobs:
     """The tests of each N, and the job, in a thread beside pytest's own, that runs them."""
 
@@ -102,8 +114,11 @@ class Jobs:
 
     def add(self, item: pytest.Function) -> None:
         """Note a test for the job of its N."""
-        parameters = {name: value for name, value in item.callspec.params.items() if name != "comm"}
-        tests = self.tests.setdefault(item.callspec.params["comm"], [])
+        callspec = getattr(item, "callspec", None)
+        parameters = {name: value for name, value in (callspec.params if callspec else {}).items() if name != "comm"}
+        if fixtures := set(inspect.signature(item.function).parameters) - {"comm", *parameters}:
+            raise pytest.UsageError(f"{item.nodeid}: a job has no fixtures, as {', '.join(sorted(fixtures))}")
+        tests = self.tests.setdefault(_job(item), [])
         tests.append({"id": item.nodeid, "number": len(tests), "module": item.module.__name__,
                       "function": item.originalname, "parameters": parameters})
 
@@ -114,7 +129,7 @@ class Jobs:
 
     def failure_of(self, item: pytest.Function) -> str | None:
         """None if the test passed on all ranks. Waits for the whole job of its N."""
-        return self.results[item.callspec.params["comm"]].result()[item.nodeid]
+        return self.results[_job(item)].result()[item.nodeid]
 
     def end(self) -> None:
         """Leave nothing running, whether all is done or pytest stops early."""
@@ -138,10 +153,13 @@ def run_tests(size: int, tests: list[dict[str, Any]], stopped: threading.Event) 
 def run_job(size: int, tests: list[dict[str, Any]], folder: Path, stopped: threading.Event) -> tuple[int, str]:
     """How many tests passed, in order, before the job ended; and what the next one, if any, failed with."""
     job_file = folder / "job.json"
-    job_file.write_text(json.dumps({"results": str(folder), "tests": tests}))
-    worker = str(launcher.ROOT / "mpi_tests" / "worker.py")
+    job_file.write_text(json.dumps({"mpi": size != WITHOUT_MPI, "results": str(folder), "tests": tests}))
+    words = [str(launcher.ROOT / "mpi_tests" / "worker.py"), str(job_file)]
     # N ranks would leave little of two cores to pytest itself, and at the end, when only it is left, one would idle.
-    job = launcher.begin(size, worker, str(job_file), first=("nice", "-n", "10"))
+    if size == WITHOUT_MPI:
+        job = launcher.begin_words("nice", "-n", "10", sys.executable, *words)
+    else:
+        job = launcher.begin(size, *words, first=("nice", "-n", "10"))
     passed, since, hung = 0, time.monotonic(), False
     try:
         while job.poll() is None and not hung and not stopped.wait(0.02):
@@ -157,7 +175,7 @@ def run_job(size: int, tests: list[dict[str, Any]], folder: Path, stopped: threa
     if passed == len(tests):
         assert ended.code == 0, f"all tests passed, but the job of n={size} ended with {ended.code}\n{ended.errors}"
         return passed, ""
-    traces = [f"rank {file.suffix[5:]} of {size}:\n{file.read_text()}"
+    traces = [f"rank {file.suffix[5:]} of {size or 1}:\n{file.read_text()}"
               for file in sorted(folder.glob(f"{tests[passed]['number']}.rank*"))]
     how = f"no end after {LIMIT:.0f} s" if hung else f"the job ended with {ended.code}"
     return passed, "\n".join(traces) or f"n={size}: {how}\n{ended.output}\n{ended.errors}"

@@ -73,10 +73,14 @@ def environment(**extra: str) -> dict[str, str]:
 def begin(n: int, *arguments: str, first: tuple[str, ...] = (), **extra: str) -> subprocess.Popen[bytes]:
     """Start `mpiexec -n N python arguments...` in a process group of its own, its output in files; `first` are words
     before it, as `nice`."""
+    return begin_words(*first, mpiexec(), "-n", str(n), sys.executable, *arguments, **extra)
+
+
+def begin_words(*words: str, **extra: str) -> subprocess.Popen[bytes]:
+    """Start these words in a process group of their own, their output in files."""
     output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (closed by collect)
-    job = subprocess.Popen(
-        [*first, mpiexec(), "-n", str(n), sys.executable, *arguments], cwd=ROOT, env=environment(**extra),
-        stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True)
+    job = subprocess.Popen(words, cwd=ROOT, env=environment(**extra), stdin=subprocess.DEVNULL, stdout=output,
+                           stderr=errors, start_new_session=True)
     job.files = (output, errors, time.monotonic())  # type: ignore[attr-defined]
     return job
 

@@ -90,10 +90,10 @@ def test_train_under_another_schedule_prints_the_same_digest(comm):
         require_digest_of_one(comm, "--schedule", schedule, "--recompute", RECOMPUTE_AT[comm.size])
 
 
-@pytest.mark.parametrize("mesh", ["1x8", "4x2", "8x1"])
 @pytest.mark.ranks(8)
-def test_train_on_another_mesh_than_the_squarest_prints_the_same_digest(comm, mesh):
-    require_digest_of_one(comm, "--schedule", "tp+sp", "--mesh", mesh)
+def test_train_on_another_mesh_than_the_squarest_prints_the_same_digest(comm):
+    """That every mesh computes the same is tested without the command; here is the option."""
+    require_digest_of_one(comm, "--schedule", "tp+sp", "--mesh", "4x2")
 
 
 @pytest.mark.parametrize("options", ["--recompute attention", "--recompute full --layout contiguous"])

@@ -52,6 +52,18 @@ def test_tests_that_fail_are_blamed_and_no_others(n):
     assert "MessageError" in failures[5]
 
 
+def alone(number):
+    """A test without MPI that passes if its number is even."""
+    assert number % 2 == 0, "on purpose"
+
+
+def test_so_are_tests_that_run_beside_without_mpi():
+    tests = [job_of(alone, number=number)[0] | {"id": number, "number": number} for number in range(4)]
+    failures = conftest.run_tests(conftest.WITHOUT_MPI, tests, threading.Event())
+    assert failures[0] is failures[2] is None
+    assert all("AssertionError: on purpose" in failures[number] for number in (1, 3))
+
+
 def is_running(process):
     """Whether a process is there, and not only its exit code, which nobody has asked for."""
     try:

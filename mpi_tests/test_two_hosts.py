@@ -21,7 +21,7 @@ import launcher
 import pytest
 
 SCRIPT = str(launcher.ROOT / "benchmarks" / "two_hosts.py")
-TRAIN = ("-m", "tsp_ref", "train", "--preset", "tiny", "--steps", "2", "--digest")
+TRAIN = ("-m", "tsp_ref", "train", "--preset", "tiny", "--steps", "2", "--digest", *launcher.TEXT)
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="network namespaces are Linux's")
 
 
@@ -95,7 +95,7 @@ def test_overlap_over_the_link_gives_figures(link, tmp_path):
 
 
 def test_two_ranks_a_host_start_as_four_ranks(link):
-    ended = two_hosts("--ranks-per-host", "2", "--rate", "500mbit", "--", "python", *TRAIN)
+    ended = two_hosts("--ranks-per-host", "2", "--rate", "500mbit", "--", "python", *TRAIN, "--steps", "1")
     assert ended.code == 0 and "tsp on 4 ranks" in ended.output, ended.output + ended.errors
 
 

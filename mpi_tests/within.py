@@ -1,4 +1,4 @@
-"""Commands and lessons called inside this process, as if they were typed: by a rank of a job, or by pytest itself.
+"""Commands, lessons and benchmarks called inside this process, as if they were typed: by a job, or by pytest itself.
 
 What the process itself is the subject of, as its start, its end or what a terminal shows, is tested with `mpirun` of
 `launcher.py`; everything else costs one job for all tests of an N this way, in place of N starts for each.
@@ -25,10 +25,10 @@ def command(*arguments: str) -> Ended:
     return _caught(lambda: main(arguments))
 
 
-def lesson(path: str, *arguments: str) -> Ended:
-    """`python path arguments...`"""
+def script(path: str, *arguments: str) -> Ended:
+    """`python path arguments...`, of a script that always exits with a code, as lessons and benchmarks do."""
     def run() -> int:
-        search = [str(ROOT / "lessons"), *sys.path]
+        search = [str((ROOT / path).parent), *sys.path]
         with (mock.patch.object(sys, "argv", [path, *arguments]), mock.patch.object(sys, "path", search),
               pytest.raises(SystemExit) as ended):
             runpy.run_path(str(ROOT / path), run_name="__main__")

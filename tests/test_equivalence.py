@@ -12,6 +12,7 @@ from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 
 SCHEDULES = ("tp", "sp", "tp+sp", "tsp")
+UNEVEN = case_config("nine blocks, eleven tiles", "float32")
 
 
 def every_plan(schedules, sizes, **options):
@@ -20,28 +21,32 @@ def every_plan(schedules, sizes, **options):
             for schedule in schedules for ranks in sizes for plan in plans(schedule, ranks, **options)]
 
 
-@pytest.mark.parametrize("config", [
-    case_config("grouped-query", "float32"), case_config("nine blocks, eleven tiles", "float32")],
-    ids=["even", "uneven"])
 @pytest.mark.parametrize("plan, ranks", every_plan(SCHEDULES, [1, 2, 3, 4, 8]))
-def test_two_steps_on_virtual_ranks_have_the_digest_of_the_single_process(plan, ranks, config):
+def test_two_steps_on_virtual_ranks_have_the_digest_of_the_single_process(plan, ranks, config=UNEVEN):
     assert virtual_digest(config, plan, ranks, seed=ranks) == single_digest(config)
 
 
-@pytest.mark.parametrize("plan, ranks", every_plan(SCHEDULES, [2, 3, 8]))
+@pytest.mark.parametrize("plan, ranks", every_plan(SCHEDULES, [4]))
+def test_so_have_two_steps_of_two_layers_that_are_dealt_evenly(plan, ranks):
+    """On other numbers of ranks: where what a backward needs is computed anew, and on real ranks."""
+    config = case_config("grouped-query", "float32")
+    assert virtual_digest(config, plan, ranks, seed=ranks) == single_digest(config)
+
+
+@pytest.mark.parametrize("plan, ranks", every_plan(SCHEDULES, [4]))
 def test_a_step_in_float64_has_the_digest_of_the_single_process(plan, ranks):
     config = case_config("nine blocks, eleven tiles", "float64")
     assert virtual_digest(config, plan, ranks, steps=1) == single_digest(config, steps=1)
 
 
-@pytest.mark.parametrize("plan, ranks", every_plan(SCHEDULES, [2, 3, 8]))
+@pytest.mark.parametrize("plan, ranks", every_plan(SCHEDULES, [3, 4]))
 def test_a_table_that_is_embedding_and_head_at_once_is_summed_from_both_in_one_order(plan, ranks):
     config = case_config("tied head", "float32", num_layers=1, tiles=8)
     assert virtual_digest(config, plan, ranks, steps=1) == single_digest(config, steps=1)
 
 
 @pytest.mark.parametrize("plan, ranks", [
-    *every_plan(SCHEDULES, [2, 3, 8], recompute="attention"), *every_plan(SCHEDULES, [2, 3, 8], recompute="full")])
+    *every_plan(SCHEDULES, [2, 3], recompute="attention"), *every_plan(SCHEDULES, [2, 4], recompute="full")])
 def test_computing_anew_what_a_backward_needs_changes_no_bit(plan, ranks):
     config = case_config("plain", "float32", tiles=8)
     assert virtual_digest(config, plan, ranks, seed=ranks, steps=1) == single_digest(config, steps=1)
@@ -65,7 +70,7 @@ def test_the_single_process_computes_anew_the_same_bits(recompute):
     assert virtual_digest(config, Plan("single", recompute=recompute), 1) == single_digest(config)
 
 
-@pytest.mark.parametrize("plan, ranks", every_plan(["sp", "tp+sp", "tsp"], [2, 3, 8], layout="contiguous"))
+@pytest.mark.parametrize("plan, ranks", every_plan(["sp", "tp+sp", "tsp"], [3, 4], layout="contiguous"))
 def test_which_tiles_a_rank_holds_changes_no_bit(plan, ranks):
     config = case_config("nine blocks, eleven tiles", "float32")
     assert virtual_digest(config, plan, ranks, seed=ranks, steps=1) == single_digest(config, steps=1)
@@ -85,7 +90,8 @@ def test_an_axis_may_have_more_ranks_than_what_is_dealt_along_the_other(plan, ra
 
 @pytest.mark.parametrize("plan", [Plan("tp"), Plan("sp"), Plan("tp+sp", "2x2"), Plan("tsp")], ids=str)
 def test_twenty_random_orders_of_arrival_change_no_bit(plan):
-    config = case_config("grouped-query", "float32", num_layers=1, blocks=4, num_kv_heads=4)
+    config = case_config("grouped-query", "float32", num_layers=1, hidden_size=32, num_heads=8, num_kv_heads=4,
+                         blocks=4, tiles=4)
     wanted = single_digest(config, steps=1)
     for seed in range(20):
         assert virtual_digest(config, plan, 4, seed, steps=1) == wanted, f"seed {seed}"
