@@ -257,8 +257,8 @@ def own_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="cupy", choices=BACKENDS,
                         help="cupy (default); numpy: a dry run on the processor")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="what is done (all)")
-    parser.add_argument("--equal", nargs="+", default=["tiny", "bench"], choices=sizes,
-                        help="presets whose bits are compared (tiny bench)")
+    parser.add_argument("--equal", nargs="+", default=["tiny", "small"], choices=sizes,
+                        help="presets whose bits are compared (tiny small)")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "float64"], choices=["float32", "float64"],
                         help="in which bits and the processor's numbers are compared (both)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], metavar="N",

@@ -28,7 +28,7 @@ from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 
 BOTH = pytest.mark.parametrize("gpu_aware", [False, True], ids=["staged", "gpu-aware"])
-PLANS = [(Plan("tp"), 4), (Plan("sp"), 4), (Plan("tp+sp", "2x2"), 4), (Plan("tsp"), 2), (Plan("tsp"), 4)]
+PLANS = [(Plan(name), size) for name in ("tp", "sp", "tp+sp", "tsp") for size in (2, 4)]
 
 
 def train(comm: Communicator, plan: Plan, backend: CupyBackend | Any) -> str:

@@ -144,12 +144,12 @@ PRESETS: dict[str, dict[str, Any]] = {
                  steps=20, warmup_steps=5, validation_batches=1),
     "small": {},
     "bench": dict(hidden_size=512, num_layers=4, num_heads=8, num_kv_heads=8, ffn_size=1408, seq_len=2048,
-                  blocks=4, tiles=4, batch_size=1, steps=5, warmup_steps=1, learning_rate=3e-4),
+                  blocks=2, tiles=4, batch_size=1, steps=5, warmup_steps=1, learning_rate=3e-4),
     "7b": dict(vocab_size=32000, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, ffn_size=16384,
                seq_len=16384, blocks=32, tiles=64, batch_size=1),
 }
-"""`tiny` runs in seconds, `small` is the default, `bench` is for timing on few ranks (few, large tiles are fast; there
-are enough for 4 ranks), `7b` for planning: the paper's layers."""
+"""`tiny` runs in seconds, `small` is the default, `bench` is for timing on 1 and 2 ranks (few, large blocks and
+tiles are fast; more ranks need blocks=4 or 8), `7b` for planning: the paper's layers."""
 
 PLANNING_ONLY = ("7b",)
 
