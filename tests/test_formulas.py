@@ -14,6 +14,7 @@ from tsp_ref.formulas.messages import Sizes, closed_layer, step_messages
 from tsp_ref.formulas.work import step_flops
 from tsp_ref.grid import ALONE, Grid, Place, folded
 from tsp_ref.model import Model
+from tsp_ref.ops import attention
 from tsp_ref.parameters import initial_parameters
 from tsp_ref.schedules import sp, tp, tsp
 from tsp_ref.training.strategy import Plan, choose_strategy
@@ -52,6 +53,18 @@ def test_the_books_of_recomputation_are_the_formulas_to_the_byte(ranks, recomput
 def test_the_books_of_the_contiguous_layout_are_the_formulas_to_the_byte(ranks):
     for plan in all_plans(ranks, layout="contiguous"):
         check(case_config("plain", "float32"), ranks, plan)
+
+
+@pytest.mark.parametrize("strip, diagonal", [(4, 8), (8, 3), (2, 4)])
+def test_the_books_are_the_formulas_where_a_tile_is_several_strips_and_takes_its_own_keys_in_chunks(
+    strip, diagonal, monkeypatch
+):
+    config = case_config("grouped-query", "float32", num_layers=1, tiles=4)
+    assert config.tile_len == 8
+    monkeypatch.setattr(attention, "STRIP", strip)
+    monkeypatch.setattr(attention, "DIAGONAL", diagonal)
+    for plan, ranks in ((Plan("single", counted=True), 1), (Plan("tsp", counted=True), 2)):
+        check(config, ranks, plan)
 
 
 def test_more_ranks_than_blocks_or_tiles_are_in_the_formulas():

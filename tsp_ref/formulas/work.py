@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config import Config
 from ..grid import Grid
-from ..ops.attention import DIAGONAL, strips
+from ..ops import attention as tile
 
 
 def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool = False) -> dict[tuple[str, str], int]:
@@ -24,10 +24,10 @@ def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool
     query = config.group_size * key
     qkv, out, mlp = hidden * (query + 2 * key), query * hidden, 3 * hidden * config.ffn_size // config.blocks
     all_pairs = config.batch_size * config.tile_len * sum(map(grid.visible, grid.slots))
-    strip_len = strips(config.tile_len)[0].stop
+    strip_len = tile.strips(config.tile_len)[0].stop
     pairs = all_pairs - tokens * (config.tile_len - strip_len) // 2
-    firsts = range(0, config.tile_len, DIAGONAL)
-    spared = sum(first * min(DIAGONAL, config.tile_len - first) for first in firsts)
+    firsts = range(0, config.tile_len, tile.DIAGONAL)
+    spared = sum(first * min(tile.DIAGONAL, config.tile_len - first) for first in firsts)
     backward_pairs = all_pairs - tokens // config.tile_len * spared
     table = config.vocab_size // config.blocks * hidden
     attention, swiglu = tokens * (qkv + out) + 2 * pairs * query, tokens * mlp
