@@ -65,6 +65,18 @@ def test_the_backward_s_first_keys_and_values_travel_under_the_mlp_s_backward(ra
         assert places(script, "post", Tag.KEYS_VALUES)[0] < places(script, "post", Tag.MLP_GRADIENTS, "send")[-1]
 
 
+def test_gradients_of_keys_and_values_are_waited_for_when_those_of_two_more_blocks_have_set_off():
+    """So that a rank that is behind by less than a block holds up nobody."""
+    for script in scripts("tsp", 2, backward=True):
+        posted = places(script, "post", Tag.KEYS_VALUES_GRADIENTS, "send")
+        waited = places(script, "wait", Tag.KEYS_VALUES_GRADIENTS, "receive")
+        assert len(posted) == len(waited) == CONFIG.num_layers * CONFIG.blocks
+        for layer in range(0, len(posted), CONFIG.blocks):
+            of_layer = posted[layer : layer + CONFIG.blocks]
+            for block, place in enumerate(waited[layer : layer + CONFIG.blocks]):
+                assert of_layer[min(block + 2, CONFIG.blocks - 1)] < place
+
+
 @pytest.mark.parametrize("schedule", ["sp", "tsp"])
 def test_the_last_gradients_of_a_part_are_waited_for_under_the_next_part(schedule):
     for script in scripts(schedule, 2, backward=True):

@@ -179,7 +179,8 @@ def owners_in_turn(comm: Communicator, model: Model) -> list[tuple[int, int]]:
 
 def broadcasts(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Coming:
     """Every owner in turn sends a block to all, in one order on every rank. Three are used at a time: while one is
-    attended with, the next two are projected with."""
+    attended with, the next two are projected with; in the backward, while gradients of one are formed, the next two are
+    attended with."""
     order = owners_in_turn(comm, model)
     sent = [(block, peer) for owner, block in order if owner == comm.rank for peer in comm.others]
     return Coming(comm, model, shard, tag, order, lambda owner: owner, sent, in_use=3)
