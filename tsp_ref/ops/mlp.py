@@ -45,8 +45,7 @@ def swiglu_backward(
 
 
 def gate_backward(xp: Namespace, dgated: Array, projected: Array) -> tuple[Array, Array]:
-    """dgated [B·s, f/G] -> the gated product silu(gate) * up [B·s, f/G], computed anew, and the
-    gradients of gate and up [B·s, 2f/G].
+    """dgated [B·s, f/G] -> silu(gate) * up [B·s, f/G], computed anew, and the gradients of gate and up [B·s, 2f/G].
 
     The plain form of what is done in place here: silu = gate · slope, with slope = sigmoid(gate), and its derivative is
     slope + silu · (1 - slope) = slope · (1 + gate - silu).
