@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "mpi_tests")]  # the project that this file belongs to, installed or not
-import launcher  # noqa: E402  (of this environment's MPI)
+sys.path.insert(0, str(ROOT))  # the project that this file belongs to, installed or not
 import numpy as np  # noqa: E402
 from rich.box import SIMPLE_HEAD  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -35,10 +34,11 @@ from rich.table import Table  # noqa: E402
 
 from tsp_ref.commands.files import WholeFile  # noqa: E402
 from tsp_ref.commands.holdings import short  # noqa: E402
-from tsp_ref.config import PLANNING_ONLY, PRESETS, Config, make_config  # noqa: E402
 from tsp_ref.errors import UserError  # noqa: E402
-from tsp_ref.terminal import console_for  # noqa: E402
-from tsp_ref.threads import VARIABLES  # noqa: E402
+from tsp_ref.model.config import PLANNING_ONLY, PRESETS, Config, make_config  # noqa: E402
+from tsp_ref.process import jobs  # noqa: E402  (of this environment's MPI)
+from tsp_ref.process.terminal import console_for  # noqa: E402
+from tsp_ref.process.threads import VARIABLES  # noqa: E402
 from tsp_ref.training.data import Text  # noqa: E402
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -47,8 +47,24 @@ PATIENCE, HASTE = 30.0, 5.0  # seconds for children to end by themselves, after 
 
 # What a benchmark needs, from one place.
 __all__ = [
-    "Benchmark", "Spread", "Steps", "UserError", "Worker", "agreed_losses", "by_turns", "installed", "json", "launcher",
-    "np", "random_text", "rank_command", "run", "serve", "short", "table_with", "workers",
+    "Benchmark",
+    "Spread",
+    "Steps",
+    "UserError",
+    "Worker",
+    "agreed_losses",
+    "by_turns",
+    "installed",
+    "jobs",
+    "json",
+    "np",
+    "random_text",
+    "rank_command",
+    "run",
+    "serve",
+    "short",
+    "table_with",
+    "workers",
 ]
 
 
@@ -256,10 +272,10 @@ class Worker:
         self.listener.listen(ranks)
         self.listener.settimeout(0.1)
         self.streams: list[Any] = [None] * ranks
-        start = [launcher.mpiexec(), "-n", str(ranks)] if ranks > 1 else []
+        start = [jobs.mpiexec(), "-n", str(ranks)] if ranks > 1 else []
         self.process = subprocess.Popen(
             [*start, sys.executable, *command, path], stdin=subprocess.DEVNULL, stdout=sys.stderr,
-            env=launcher.environment(**dict.fromkeys(VARIABLES, str(threads))), start_new_session=True)
+            env=jobs.environment(**dict.fromkeys(VARIABLES, str(threads))), start_new_session=True)
 
     def meet(self) -> None:
         """Wait until all of its processes are ready."""
@@ -307,7 +323,7 @@ class Worker:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(max(0.0, seconds))
         if self.process.poll() is None:
-            launcher.end(self.process)
+            jobs.end(self.process)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from tsp_ref.host import Backend
+from tsp_ref.backends.host import Backend
 
 
 class Pool:

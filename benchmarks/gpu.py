@@ -37,8 +37,8 @@ from common import (
     UserError,
     by_turns,
     installed,
+    jobs,
     json,
-    launcher,
     rank_command,
     run,
     short,
@@ -46,12 +46,12 @@ from common import (
     workers,
 )
 
-from tsp_ref.backend import BACKENDS, REPEATABLE, open_backend
+from tsp_ref.backends.gpu import BACKENDS, REPEATABLE, open_backend
+from tsp_ref.backends.host import Backend
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.config import PLANNING_ONLY, PRESETS, make_config
 from tsp_ref.formulas.memory import alone
 from tsp_ref.formulas.work import step_flops
-from tsp_ref.host import Backend
+from tsp_ref.model.config import PLANNING_ONLY, PRESETS, make_config
 
 Part = dict[str, Any]
 
@@ -131,9 +131,9 @@ def equality(benchmark: Benchmark) -> Part:
 def verified(options: argparse.Namespace, preset: str, dtype: str, n: int) -> tuple[bool, str]:
     """Whether every bit agreed, and the last thing that was said."""
     command = ["-m", "tsp_ref", "verify", "--backend", options.backend, "--preset", preset, "--dtype", dtype,
-               "--steps", str(options.steps), *launcher.TEXT]
+               "--steps", str(options.steps), *jobs.TEXT]
     try:
-        ended = launcher.mpirun(n, *command, limit=options.patience)
+        ended = jobs.mpirun(n, *command, limit=options.patience)
     except AssertionError as error:  # it did not end
         return False, str(error).splitlines()[0]
     lines = [line for line in (ended.output + ended.errors).splitlines() if line.strip()] or ["nothing was said"]

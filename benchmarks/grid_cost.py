@@ -22,9 +22,9 @@ from typing import Any, TypeAlias
 
 from common import Benchmark, UserError, by_turns, np, run, table_with
 
-from tsp_ref.config import Config, make_config
-from tsp_ref.model import Model
-from tsp_ref.parameters import Parameters, initial_parameters, named_views, zero_parameters
+from tsp_ref.model.config import Config, make_config
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import Parameters, initial_parameters, named_views, zero_parameters
 from tsp_ref.reference import naive, single
 
 GRIDS = ["1x1", "1x8", "8x1", "4x4", "4x8", "8x8", "8x16"]

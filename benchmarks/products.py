@@ -18,10 +18,10 @@ from unittest import mock
 
 from common import np
 
-from tsp_ref import tilewise
+from tsp_ref.grid.tree import Tree
+from tsp_ref.model import tilewise
 from tsp_ref.reference import single
 from tsp_ref.training.optimizer import AdamW
-from tsp_ref.tree import Tree
 
 PRODUCTS = {np.dot, np.inner, np.einsum, np.tensordot}
 """Products that are not NumPy's `matmul`: the steps make none, and one would not be noticed."""

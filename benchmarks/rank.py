@@ -13,11 +13,11 @@ from typing import Any
 from common import json, np, random_text, serve
 from device import watched
 
-from tsp_ref.backend import open_backend
+from tsp_ref.backends.gpu import open_backend
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import agreed, all_gather, from_root
-from tsp_ref.config import Config
-from tsp_ref.launch import start
+from tsp_ref.model.config import Config
+from tsp_ref.process.launch import start
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from common import json, np, random_text, serve
 from torch import Tensor, nn
 
-from tsp_ref.config import Config
-from tsp_ref.model import Model
-from tsp_ref.parameters import initial_parameters
+from tsp_ref.model.config import Config
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import initial_parameters
 from tsp_ref.reference.naive import assemble
 from tsp_ref.training.data import TRAINING, Text, batch
 from tsp_ref.training.optimizer import learning_rate

@@ -34,8 +34,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "mpi_tests"))
-import launcher  # of this environment's MPI
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tsp_ref.process import jobs
 
 ADDRESSES = ("10.0.0.1", "10.0.0.2")  # seen by nobody but the two namespaces, so the same in every run
 NETWORK = "10.0.0.0/24"
@@ -137,7 +137,7 @@ def check_machine(rate: str) -> None:
     if os.geteuid() != 0:
         raise CannotRun(f"only root may make network namespaces: sudo {sys.executable} {shlex.join(sys.argv)}")
     try:
-        launcher.mpiexec()
+        jobs.mpiexec()
     except RuntimeError as error:
         raise CannotRun(str(error)) from None
 
@@ -230,13 +230,13 @@ def check_link(hosts: tuple[str, str], options: argparse.Namespace) -> int:
         output.seek(0)
         said = output.read().split()
     if code:
-        raise CannotRun(f"the MPI here ({launcher.vendor()}) does not get from host to host, what it says is above: "
+        raise CannotRun(f"the MPI here ({jobs.vendor()}) does not get from host to host, what it says is above: "
                         "use a wheel's MPI, pip install mpich")
     bandwidth, latency = map(float, said)
     crossed = min(now - then for now, then in zip(bytes_sent(hosts), before))
     limit = "without a limit" if options.rate == "none" else f"of {options.rate}"
     print(f"two_hosts: a link {limit} carries {bandwidth / 1e6:,.0f} Mbit/s each way, and 8 bytes in "
-          f"{1e6 * latency:.0f} us; {launcher.vendor()}", file=sys.stderr)
+          f"{1e6 * latency:.0f} us; {jobs.vendor()}", file=sys.stderr)
     sent = options.ranks_per_host * PROBE
     if crossed < sent:
         print(f"error: of {sent} bytes that the probe sent each way, {crossed} crossed the link: MPI has found a way "
@@ -260,13 +260,13 @@ def mpirun(hosts: tuple[str, str], ranks: int, command: list[str], output: objec
         ssh.write_text(SSH.format(on_second_host=shlex.join(on_second)))
         ssh.chmod(0o755)
         first, second = (f"{address}:{ranks}" for address in ADDRESSES)
-        if launcher.vendor().startswith("MPICH"):
+        if jobs.vendor().startswith("MPICH"):
             where = ["-launcher", "ssh", "-launcher-exec", str(ssh), "-hosts", f"{first},{second}"]
         else:
             where = ["--prtemca", "plm_ssh_agent", str(ssh), "--host", f"{first},{second}", "--bind-to", "none"]
         job = subprocess.Popen(
-            [*on_first, launcher.mpiexec(), *where, "-n", str(2 * ranks), *command],
-            env=launcher.environment(**TCP_ONLY, PATH=path), stdin=subprocess.DEVNULL, stdout=output,
+            [*on_first, jobs.mpiexec(), *where, "-n", str(2 * ranks), *command],
+            env=jobs.environment(**TCP_ONLY, PATH=path), stdin=subprocess.DEVNULL, stdout=output,
             start_new_session=True)  # so that it hears of Ctrl-C from here alone, and in order
         try:
             return job.wait()

@@ -31,12 +31,13 @@ from rich.table import Table
 from stage import Lesson, one_by_one, patterns, relative_gap, run
 from threadpoolctl import threadpool_info
 
-from tsp_ref import threads
 from tsp_ref.arrays import Array
-from tsp_ref.comm.communicator import Communicator, Request
+from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
-from tsp_ref.grid import share
-from tsp_ref.tree import Tree
+from tsp_ref.comm.request import Request
+from tsp_ref.grid.grid import share
+from tsp_ref.grid.tree import Tree
+from tsp_ref.process import threads
 
 SEED = 2604
 TRIPLES = 10_000

@@ -30,21 +30,21 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from stage import Lesson, one_by_one, patterns, random_weights, run
 
-from tsp_ref import threads
 from tsp_ref.arrays import Array, Tiles
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
-from tsp_ref.config import Config
-from tsp_ref.grid import Grid, folded, share
-from tsp_ref.model import Model
+from tsp_ref.grid.grid import Grid, folded, share
+from tsp_ref.grid.tree import Tree
+from tsp_ref.model.config import Config
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import Parameters, attention_views, mlp_views
 from tsp_ref.ops.attention import attend_forward, out_forward, qkv_forward
 from tsp_ref.ops.embedding import embed_forward
 from tsp_ref.ops.loss import logits_forward, merge_triples, token_losses
 from tsp_ref.ops.mlp import swiglu_forward
 from tsp_ref.ops.norm import rmsnorm_forward
-from tsp_ref.parameters import Parameters, attention_views, mlp_views
+from tsp_ref.process import threads
 from tsp_ref.reference import naive, single
-from tsp_ref.tree import Tree
 
 SEED = 2604
 # In float64, so that a gap above the tolerance is a mistake and no rounding.

@@ -31,9 +31,10 @@ from stage import Lesson, random_weights, run
 
 from tsp_ref.arrays import Array, Tiles
 from tsp_ref.comm.control import all_gather
-from tsp_ref.config import Config
-from tsp_ref.grid import share
-from tsp_ref.model import Model
+from tsp_ref.grid.grid import share
+from tsp_ref.model.config import Config
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import Parameters, named_views, zero_parameters
 from tsp_ref.ops.attention import (
     attend_backward,
     attend_forward,
@@ -49,7 +50,6 @@ from tsp_ref.ops.loss import logits_backward, logits_forward, merge_triples, tok
 from tsp_ref.ops.mlp import swiglu_backward, swiglu_forward
 from tsp_ref.ops.norm import rmsnorm_backward, rmsnorm_forward
 from tsp_ref.ops.rotary import rotary_backward, rotary_forward, rotary_table
-from tsp_ref.parameters import Parameters, named_views, zero_parameters
 from tsp_ref.reference import single
 
 SEED = 2604

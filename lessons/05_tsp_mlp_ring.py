@@ -30,17 +30,18 @@ from rich.table import Table
 from stage import Lesson, members, names, recognise, relative_gap, run
 
 from tsp_ref.arrays import Array, Tiles
-from tsp_ref.comm.communicator import Communicator, Request
+from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather, from_root
+from tsp_ref.comm.request import Request
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.config import make_config
-from tsp_ref.grid import Grid, folded
-from tsp_ref.model import Model
+from tsp_ref.grid.grid import Grid, folded
+from tsp_ref.grid.tree import Tree, cover
+from tsp_ref.model.config import make_config
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import Parameters, initial_parameters, mlp_views, named_views, zero_parameters
+from tsp_ref.model.tilewise import add_residual, normalise, normalise_backward, totals
 from tsp_ref.ops.mlp import swiglu_backward, swiglu_forward
-from tsp_ref.parameters import Parameters, initial_parameters, mlp_views, named_views, zero_parameters
 from tsp_ref.reference import single
-from tsp_ref.tilewise import add_residual, normalise, normalise_backward, totals
-from tsp_ref.tree import Tree, cover
 
 CONFIG = make_config("tiny", num_layers=1, ffn_size=256)
 BLOCK_SIZE = 3 * CONFIG.hidden_size * CONFIG.ffn_size // CONFIG.blocks

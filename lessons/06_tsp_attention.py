@@ -28,18 +28,19 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from stage import Lesson, members, names, recognise, relative_gap, run
 
-from tsp_ref.activations import AttentionSaved
 from tsp_ref.arrays import Array, Tiles
-from tsp_ref.comm.communicator import Communicator, Request
+from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
-from tsp_ref.config import Config, make_config
-from tsp_ref.grid import Grid, folded
-from tsp_ref.model import Model
+from tsp_ref.comm.request import Request
+from tsp_ref.grid.grid import Grid, folded
+from tsp_ref.grid.tree import Tree
+from tsp_ref.model.activations import AttentionSaved
+from tsp_ref.model.config import Config, make_config
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import Parameters, attention_views, initial_parameters
+from tsp_ref.model.tilewise import add_residual, normalise, totals
 from tsp_ref.ops.attention import attend_forward, out_forward, qkv_forward
-from tsp_ref.parameters import Parameters, attention_views, initial_parameters
 from tsp_ref.reference import naive, single
-from tsp_ref.tilewise import add_residual, normalise, totals
-from tsp_ref.tree import Tree
 
 FULL = make_config("tiny", num_layers=1, hidden_size=128, num_heads=16, num_kv_heads=16)
 GROUPED = make_config("tiny", num_layers=1, hidden_size=128, num_heads=16, num_kv_heads=8)

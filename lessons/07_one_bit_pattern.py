@@ -25,11 +25,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from stage import Lesson, drawn_text, run, sums_in_order_of_arrival
 
-from tsp_ref import threads
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.config import make_config
+from tsp_ref.model.config import make_config
+from tsp_ref.process import threads
 from tsp_ref.schedules import collectives, tsp
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training

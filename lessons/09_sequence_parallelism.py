@@ -43,24 +43,25 @@ from stage import (
     subtrees,
 )
 
-from tsp_ref import threads
 from tsp_ref.arrays import Array, Tiles
-from tsp_ref.comm.communicator import Communicator, Request
+from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
+from tsp_ref.comm.request import Request
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.config import make_config
-from tsp_ref.grid import ALONE, Grid, Place, share
-from tsp_ref.model import Model
+from tsp_ref.grid.grid import ALONE, Grid, Place, share
+from tsp_ref.grid.tree import Tree, cover
+from tsp_ref.model.config import make_config
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import Parameters, attention_views, mlp_views, zero_parameters
+from tsp_ref.model.tilewise import add_residual, normalise, totals
 from tsp_ref.ops.attention import attend_forward, out_forward, qkv_forward
 from tsp_ref.ops.mlp import swiglu_backward
-from tsp_ref.parameters import Parameters, attention_views, mlp_views, zero_parameters
+from tsp_ref.process import threads
 from tsp_ref.reference import naive, single
 from tsp_ref.schedules import sp
-from tsp_ref.tilewise import add_residual, normalise, totals
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
-from tsp_ref.tree import Tree, cover
 
 SEED = 2310
 STEPS = 3

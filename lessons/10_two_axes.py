@@ -47,24 +47,26 @@ from stage import (
     subtrees,
 )
 
-from tsp_ref import threads
+from tsp_ref.accounting.ledger import Entry
 from tsp_ref.arrays import Array, Tiles
-from tsp_ref.comm.communicator import Communicator, Entry, Request
+from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.mesh import Mesh, make_mesh
+from tsp_ref.comm.request import Request
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.config import make_config
-from tsp_ref.grid import Grid, share
-from tsp_ref.model import Model
+from tsp_ref.grid.grid import Grid, share
+from tsp_ref.grid.tree import Tree, cover
+from tsp_ref.model.config import make_config
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import Parameters, attention_shapes, mlp_shapes, mlp_views, zero_parameters
+from tsp_ref.model.tilewise import add_residual, normalise, totals
 from tsp_ref.ops.mlp import swiglu_backward, swiglu_forward
-from tsp_ref.parameters import Parameters, attention_shapes, mlp_shapes, mlp_views, zero_parameters
+from tsp_ref.process import threads
 from tsp_ref.reference import single
 from tsp_ref.schedules import tp_sp
-from tsp_ref.tilewise import add_residual, normalise, totals
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan, mesh_sides, meshes
-from tsp_ref.tree import Tree, cover
 
 SEED = 2604
 CONFIG = make_config("tiny", num_layers=1, hidden_size=128, num_heads=16, num_kv_heads=8, steps=1, warmup_steps=1)

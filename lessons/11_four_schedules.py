@@ -33,13 +33,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from stage import Lesson, Sent, drawn_text, names, run, sent_since, sums_in_order_of_arrival
 
-from tsp_ref import threads
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.commands.holdings import short
-from tsp_ref.config import make_config
+from tsp_ref.model.config import make_config
+from tsp_ref.process import threads
 from tsp_ref.schedules import collectives, sp, tp, tp_sp, tsp
 from tsp_ref.schedules.tags import Tag
 from tsp_ref.training.collect import digest, stream_blocks

@@ -31,17 +31,17 @@ from typing import TypeAlias
 import numpy as np
 from stage import Lesson, drawn_text, kept_bytes, run, sent_since, table_with
 
-from tsp_ref import threads
+from tsp_ref.accounting.memory import KINDS, MODEL_STATE
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather, gather_texts
 from tsp_ref.comm.virtual import VirtualCommunicator, VirtualWorld
 from tsp_ref.commands.holdings import short
-from tsp_ref.config import Config, make_config
 from tsp_ref.formulas.memory import activation_bytes, gain_bytes, itemsize, model_state_bytes
 from tsp_ref.formulas.messages import step_messages
 from tsp_ref.formulas.work import step_flops
-from tsp_ref.memory import KINDS, MODEL_STATE
-from tsp_ref.model import RECOMPUTE
+from tsp_ref.model.config import Config, make_config
+from tsp_ref.model.model import RECOMPUTE
+from tsp_ref.process import threads
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan, meshes
 

@@ -27,18 +27,18 @@ from typing import TypeAlias
 import numpy as np
 from stage import Lesson, Sent, drawn_text, random_tiles, run, sent_since, subtrees, table_with
 
-from tsp_ref import threads
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.config import Config, make_config
 from tsp_ref.formulas.memory import itemsize
 from tsp_ref.formulas.messages import closed_layer, step_messages
-from tsp_ref.grid import ALONE, Grid, Place, folded
-from tsp_ref.model import Model
-from tsp_ref.parameters import initial_parameters
+from tsp_ref.grid.grid import ALONE, Grid, Place, folded
+from tsp_ref.model.config import Config, make_config
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import initial_parameters
+from tsp_ref.process import threads
+from tsp_ref.process.terminal import console_for
 from tsp_ref.schedules.collectives import finish_all
-from tsp_ref.terminal import console_for
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import ON_ONE_AXIS, Plan, meshes
 

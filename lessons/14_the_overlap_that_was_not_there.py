@@ -41,12 +41,14 @@ import numpy as np
 from stage import Lesson, link_that_takes, run, table_with, until_all_are_through
 
 from tsp_ref.arrays import Array
-from tsp_ref.comm.communicator import Communicator, Request
+from tsp_ref.comm.clocks import recording
+from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather, from_root
-from tsp_ref.comm.timeline import Lane, recording
+from tsp_ref.comm.request import Request
+from tsp_ref.comm.timeline import Lane
 from tsp_ref.comm.virtual import VirtualCommunicator, VirtualWorld
 from tsp_ref.commands.overlap import Overlap
-from tsp_ref.terminal import console_for
+from tsp_ref.process.terminal import console_for
 
 SEED = 2604
 SIZE = 1 << 18  # bytes of a message, more than MPIs copy aside

@@ -41,16 +41,17 @@ from rich.markup import escape
 from stage import Lesson, link_that_takes, run, table_with, until_all_are_through
 
 from tsp_ref.arrays import Array
-from tsp_ref.comm.clocks import gather_lanes
-from tsp_ref.comm.communicator import Communicator, Request
+from tsp_ref.comm.clocks import gather_lanes, recording
+from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather, from_root
 from tsp_ref.comm.link import Link
-from tsp_ref.comm.timeline import Lane, recording
+from tsp_ref.comm.request import Request
+from tsp_ref.comm.timeline import Lane
 from tsp_ref.comm.virtual import VirtualCommunicator, VirtualWorld
 from tsp_ref.commands.overlap import Overlap
 from tsp_ref.errors import MessageError, UserError
 from tsp_ref.pictures.chart import chart
-from tsp_ref.terminal import console_for
+from tsp_ref.process.terminal import console_for
 
 SEED = 2604
 SIDE = 384  # of the matrices

@@ -36,18 +36,18 @@ import numpy as np
 from rich.markup import escape
 from stage import Lesson, Sent, drawn_text, run, sent_since, table_with
 
-from tsp_ref.comm.clocks import gather_lanes
+from tsp_ref.comm.clocks import gather_lanes, recording
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import agreed
 from tsp_ref.comm.link import Link
-from tsp_ref.comm.timeline import NONE, Lane, Message, Pair, Span, pairs, recording
+from tsp_ref.comm.timeline import NONE, Lane, Message, Pair, Span, pairs
 from tsp_ref.comm.virtual import VirtualCommunicator, VirtualWorld
 from tsp_ref.commands.files import WholeFile
-from tsp_ref.config import make_config
+from tsp_ref.model.config import make_config
 from tsp_ref.pictures.axis import end_of
 from tsp_ref.pictures.chart import chart
 from tsp_ref.pictures.trace import trace
-from tsp_ref.terminal import console_for
+from tsp_ref.process.terminal import console_for
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 

@@ -39,18 +39,18 @@ from typing import Any, TypeAlias
 import numpy as np
 from stage import Lesson, drawn_text, run, table_with, until_all_are_through
 
-from tsp_ref import threads
+from tsp_ref.accounting.work import Work
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.commands.holdings import short
-from tsp_ref.config import make_config
 from tsp_ref.formulas.memory import itemsize
 from tsp_ref.formulas.work import step_flops
+from tsp_ref.model.config import make_config
+from tsp_ref.process import threads
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
-from tsp_ref.work import Work
 
 CONFIG = make_config("tiny", num_layers=1, hidden_size=128, ffn_size=256, seq_len=256, tiles=8, batch_size=1, steps=3,
                      warmup_steps=1)

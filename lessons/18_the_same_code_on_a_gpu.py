@@ -42,16 +42,17 @@ import numpy as np
 from rich.markup import escape
 from stage import Lesson, drawn_text, run, table_with
 
-from tsp_ref import threads
 from tsp_ref.arrays import Array
-from tsp_ref.backend import open_backend
-from tsp_ref.comm.communicator import Communicator, Request
+from tsp_ref.backends.gpu import open_backend
+from tsp_ref.backends.host import Backend
+from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import agreed, all_gather
+from tsp_ref.comm.request import Request
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.config import make_config
 from tsp_ref.errors import UserError
-from tsp_ref.host import Backend
-from tsp_ref.terminal import console_for
+from tsp_ref.model.config import make_config
+from tsp_ref.process import threads
+from tsp_ref.process.terminal import console_for
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan

@@ -24,21 +24,21 @@ from rich.markup import escape
 from rich.rule import Rule
 from rich.table import Table
 
-from tsp_ref.activations import AttentionSaved, MlpSaved
+from tsp_ref.accounting.phase import OUTSIDE
 from tsp_ref.arrays import Array, Tiles
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather, from_root, gather_texts
 from tsp_ref.comm.link import Link
 from tsp_ref.comm.mpi import launcher_rank
 from tsp_ref.errors import AgreedError, UserError
-from tsp_ref.grid import share
-from tsp_ref.launch import refuse, start
-from tsp_ref.model import Model
-from tsp_ref.parameters import Parameters, zero_parameters
-from tsp_ref.phase import OUTSIDE
-from tsp_ref.terminal import console_for
+from tsp_ref.grid.grid import share
+from tsp_ref.grid.tree import Node, Partial, Tree, add
+from tsp_ref.model.activations import AttentionSaved, MlpSaved
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import Parameters, zero_parameters
+from tsp_ref.process.launch import refuse, start
+from tsp_ref.process.terminal import console_for
 from tsp_ref.training.data import Text
-from tsp_ref.tree import Node, Partial, Tree, add
 
 Sent: TypeAlias = dict[tuple[str, str, str], tuple[int, int]]
 """(part, direction, purpose) -> messages and bytes."""

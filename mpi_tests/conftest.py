@@ -22,8 +22,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import launcher
 import pytest
+
+from tsp_ref.process import jobs
 
 SIZES = (1, 2, 3, 4, 8)
 JOBS = pytest.StashKey["Jobs"]()
@@ -86,7 +87,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not outcomes:
         terminalreporter.line("none were selected")
         return
-    terminalreporter.line(f"on {launcher.vendor()}")
+    terminalreporter.line(f"on {jobs.vendor()}")
     for size in sorted({size for size, _ in outcomes}):
         counts = ", ".join(f"{count} {outcome}" for (n, outcome), count in sorted(outcomes.items()) if n == size)
         terminalreporter.line(f"n={size}: {counts}")
@@ -154,12 +155,12 @@ def run_job(size: int, tests: list[dict[str, Any]], folder: Path, stopped: threa
     """How many tests passed, in order, before the job ended; and what the next one, if any, failed with."""
     job_file = folder / "job.json"
     job_file.write_text(json.dumps({"mpi": size != WITHOUT_MPI, "results": str(folder), "tests": tests}))
-    words = [str(launcher.ROOT / "mpi_tests" / "worker.py"), str(job_file)]
+    words = [str(jobs.ROOT / "mpi_tests" / "worker.py"), str(job_file)]
     # N ranks would leave little of two cores to pytest itself, and at the end, when only it is left, one would idle.
     if size == WITHOUT_MPI:
-        job = launcher.begin_words("nice", "-n", "10", sys.executable, *words)
+        job = jobs.begin_words("nice", "-n", "10", sys.executable, *words)
     else:
-        job = launcher.begin(size, *words, first=("nice", "-n", "10"))
+        job = jobs.begin(size, *words, first=("nice", "-n", "10"))
     passed, since, hung = 0, time.monotonic(), False
     try:
         while job.poll() is None and not hung and not stopped.wait(0.02):
@@ -169,8 +170,8 @@ def run_job(size: int, tests: list[dict[str, Any]], folder: Path, stopped: threa
             hung = time.monotonic() - since > LIMIT
     finally:
         if job.poll() is None:
-            launcher.end(job)
-    ended = launcher.collect(job)
+            jobs.end(job)
+    ended = jobs.collect(job)
     passed = _count_passed(tests, folder, passed)
     if passed == len(tests):
         assert ended.code == 0, f"all tests passed, but the job of n={size} ended with {ended.code}\n{ended.errors}"

@@ -9,18 +9,18 @@ import time
 from functools import cache
 from unittest import mock
 
-import launcher
 import pytest
 import within
 from cases import single_training
-from launcher import ROOT, TEXT, begin, collect, end, mpirun
 
 from tsp_ref.comm.control import gather_texts
-from tsp_ref.config import make_config
+from tsp_ref.grid.tree import Tree
+from tsp_ref.model.config import make_config
+from tsp_ref.process import jobs
+from tsp_ref.process.jobs import ROOT, TEXT, begin, collect, end, mpirun
 from tsp_ref.schedules import collectives
 from tsp_ref.training.collect import digest
 from tsp_ref.training.data import load_text
-from tsp_ref.tree import Tree
 
 DIGEST = re.compile(r"^digest sha256:([0-9a-f]{64})$", re.MULTILINE)
 TINY = ("-m", "tsp_ref", "train", "--preset", "tiny", "--digest")
@@ -146,7 +146,7 @@ def cover(leaves, part):
 VERIFY_WITH_BROKEN_TREE = f"""
 import sys
 from tsp_ref.schedules import collectives
-from tsp_ref.tree import Tree
+from tsp_ref.grid.tree import Tree
 {BROKEN_TREE}
 Tree.add, collectives.cover = add, cover
 from tsp_ref.cli import main
@@ -377,9 +377,9 @@ def test_help_is_printed_once(n):
 def test_a_launcher_of_another_mpi_is_noticed_and_named(tmp_path):
     """A launcher of another vendor sets its variables, and the library ignores them: N times rank 0 of 1."""
     foreign = {"MPICH": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")}
-    rank, size = foreign.get(launcher.vendor().split()[0], ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"))
+    rank, size = foreign.get(jobs.vendor().split()[0], ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"))
     ended = subprocess.run(
         [sys.executable, "-m", "tsp_ref", "train"], capture_output=True, text=True, timeout=60,
-        env=launcher.environment(**{rank: "0", size: "4"}))
+        env=jobs.environment(**{rank: "0", size: "4"}))
     assert ended.returncode == 2
     assert "mpirun started 4 ranks, but each finds itself rank 0 of 1" in ended.stderr

@@ -10,8 +10,9 @@ import pytest
 import within
 from answers import GPU, OVERLAP, RIGHT, RING, TRACE, WRONG
 from lanes import read_trace
-from launcher import ROOT, Ended, environment, mpirun
 from strict import StrictCupy
+
+from tsp_ref.process.jobs import ROOT, Ended, environment, mpirun
 
 LESSONS = sorted(path.name for path in (ROOT / "lessons").glob("[0-9][0-9]_*.py"))
 ABOUT_TIME = [OVERLAP, RING, TRACE]

@@ -8,9 +8,9 @@ import pytest
 from books import all_plans, step_books
 from cases import case_config, random_text
 
-from tsp_ref.config import make_config
 from tsp_ref.formulas.memory import activation_bytes, itemsize, model_state_bytes
 from tsp_ref.formulas.messages import step_messages
+from tsp_ref.model.config import make_config
 from tsp_ref.training.data import Text
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan

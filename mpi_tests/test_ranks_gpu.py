@@ -8,7 +8,7 @@ import pytest
 from strict import StrictCupy
 from test_backend import CONFIG, digest_on, trained
 
-from tsp_ref.backend import CupyBackend, open_backend
+from tsp_ref.backends.gpu import CupyBackend, open_backend
 from tsp_ref.comm import mpi
 from tsp_ref.comm.staging import DeviceTransport, StagedTransport
 from tsp_ref.errors import AgreedError

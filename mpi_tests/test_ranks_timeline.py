@@ -10,11 +10,11 @@ import pytest
 import within
 from cases import case_config
 from lanes import check_all, check_own, read_trace, recorded_step
-from launcher import TEXT, mpirun
 
+from tsp_ref.comm.clocks import recording
 from tsp_ref.comm.control import from_root
 from tsp_ref.comm.link import Link
-from tsp_ref.comm.timeline import recording
+from tsp_ref.process.jobs import TEXT, mpirun
 from tsp_ref.schedules.tags import Tag
 from tsp_ref.training.strategy import Plan
 

@@ -17,18 +17,19 @@ import sys
 import tempfile
 import time
 
-import launcher
 import pytest
 
-SCRIPT = str(launcher.ROOT / "benchmarks" / "two_hosts.py")
-TRAIN = ("-m", "tsp_ref", "train", "--preset", "tiny", "--steps", "2", "--digest", *launcher.TEXT)
+from tsp_ref.process import jobs
+
+SCRIPT = str(jobs.ROOT / "benchmarks" / "two_hosts.py")
+TRAIN = ("-m", "tsp_ref", "train", "--preset", "tiny", "--steps", "2", "--digest", *jobs.TEXT)
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="network namespaces are Linux's")
 
 
 def two_hosts(*arguments, limit=120.0, stop_when=None, **environment):
     """Run the script to its end, or to the SIGTERM that is sent once `stop_when` exists."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        job = subprocess.Popen([sys.executable, SCRIPT, *arguments], cwd=launcher.ROOT, stdout=output, stderr=errors,
+        job = subprocess.Popen([sys.executable, SCRIPT, *arguments], cwd=jobs.ROOT, stdout=output, stderr=errors,
                                stdin=subprocess.DEVNULL, env=os.environ | environment, start_new_session=True)
         deadline, in_time = time.monotonic() + limit, True
         while job.poll() is None and in_time and not (stop_when and stop_when.exists()):
@@ -41,13 +42,13 @@ def two_hosts(*arguments, limit=120.0, stop_when=None, **environment):
             file.seek(0)
             texts.append(file.read())
     assert in_time, f"no end after {limit:.0f} s\n" + "\n".join(texts)
-    return launcher.Ended(job.returncode, *texts, limit - (deadline - time.monotonic()))
+    return jobs.Ended(job.returncode, *texts, limit - (deadline - time.monotonic()))
 
 
 @pytest.fixture(scope="module")
 def link():
     """Skips if there can be no two hosts here; fails if there can, but the link between them does not carry."""
-    launcher.mpiexec()  # for want of MPI nothing is skipped
+    jobs.mpiexec()  # for want of MPI nothing is skipped
     ended = two_hosts("--check")
     if ended.code == 2:
         pytest.skip("no two hosts on this machine: " + ended.errors.strip().splitlines()[-1])
@@ -72,7 +73,7 @@ def hosts_left():
 
 
 def test_two_hosts_compute_the_digest_of_one_process_and_what_they_send_crosses_the_link(link):
-    alone = launcher.mpirun(1, *TRAIN, "--schedule", "single")
+    alone = jobs.mpirun(1, *TRAIN, "--schedule", "single")
     ended = two_hosts("--", "python", *TRAIN)
     assert ended.code == 0, ended.output + ended.errors
     assert digest(ended.output) == digest(alone.output)

@@ -1,7 +1,7 @@
 """Commands, lessons and benchmarks called inside this process, as if they were typed: by a job, or by pytest itself.
 
 What the process itself is the subject of, as its start, its end or what a terminal shows, is tested with `mpirun` of
-`launcher.py`; everything else costs one job for all tests of an N this way, in place of N starts for each.
+`jobs.py`; everything else costs one job for all tests of an N this way, in place of N starts for each.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import TextIO
 from unittest import mock
 
 import pytest
-from launcher import ROOT, Ended
 
 from tsp_ref.cli import main
+from tsp_ref.process.jobs import ROOT, Ended
 
 
 def command(*arguments: str) -> Ended:

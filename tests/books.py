@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from cases import random_text
 
+from tsp_ref.accounting.memory import Memory
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.config import Config
-from tsp_ref.grid import Grid
-from tsp_ref.memory import Memory
+from tsp_ref.grid.grid import Grid
+from tsp_ref.model.config import Config
 from tsp_ref.schedules.tags import Tag
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan, meshes

@@ -14,9 +14,9 @@ from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.mesh import make_mesh
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.config import Config, make_config
-from tsp_ref.model import Model
-from tsp_ref.parameters import Parameters, initial_parameters, named_views, zero_parameters
+from tsp_ref.model.config import Config, make_config
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import Parameters, initial_parameters, named_views, zero_parameters
 from tsp_ref.reference import single
 from tsp_ref.schedules import tp_sp
 from tsp_ref.schedules.collectives import finish_all

@@ -13,8 +13,9 @@ from strict import Array as DeviceArray
 from strict import StrictCupy
 
 from tsp_ref.arrays import Array
-from tsp_ref.backend import CupyBackend
-from tsp_ref.comm.communicator import Communicator, Request
+from tsp_ref.backends.gpu import CupyBackend
+from tsp_ref.comm.communicator import Communicator
+from tsp_ref.comm.request import Request
 from tsp_ref.comm.staging import Device, DeviceTransport, StagedTransport, Transport
 from tsp_ref.comm.virtual import VirtualCommunicator, VirtualWorld
 

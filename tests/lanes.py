@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from cases import random_text
 
-from tsp_ref.comm.clocks import gather_lanes
+from tsp_ref.comm.clocks import gather_lanes, recording
 from tsp_ref.comm.communicator import Communicator
-from tsp_ref.comm.timeline import NONE, Lane, pairs, recording
+from tsp_ref.comm.timeline import NONE, Lane, pairs
 from tsp_ref.comm.virtual import VirtualCommunicator
-from tsp_ref.config import Config
-from tsp_ref.grid import Grid
+from tsp_ref.grid.grid import Grid
+from tsp_ref.model.config import Config
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 

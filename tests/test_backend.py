@@ -16,15 +16,15 @@ from gpu_ranks import GpuCommunicator
 from strict import CONSTANTS, FUNCTIONS, StrictCupy
 
 import tsp_ref
-from tsp_ref import backend as backends
-from tsp_ref.backend import HOST, Backend, CupyBackend, open_backend
+from tsp_ref.backends import gpu as backends
+from tsp_ref.backends.gpu import HOST, Backend, CupyBackend, open_backend
 from tsp_ref.cli import main
 from tsp_ref.comm import mpi
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.config import Config
 from tsp_ref.errors import AgreedError, UserError
-from tsp_ref.model import Model
+from tsp_ref.model.config import Config
+from tsp_ref.model.model import Model
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
@@ -83,7 +83,7 @@ def names_used_of_xp() -> set[str]:
     """Every `xp.name` in the source, by whatever way it came to be called xp; the backends' own files set apart."""
     found = set()
     for file in ROOT.rglob("*.py"):
-        if file.name not in ("backend.py", "host.py"):
+        if file.parent.name != "backends":
             for node in ast.walk(ast.parse(file.read_text())):
                 if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] == "xp":
                     found.add(node.attr)
@@ -190,7 +190,7 @@ def test_virtual_ranks_share_the_first_gpu(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def run(*arguments: str) -> int:
-    return main([*arguments, "--text", str(ROOT / "backend.py"), str(ROOT / "cli.py"), "--set", *SETTINGS])
+    return main([*arguments, "--text", str(ROOT / "backends" / "gpu.py"), str(ROOT / "cli.py"), "--set", *SETTINGS])
 
 
 @pytest.mark.parametrize("command", [

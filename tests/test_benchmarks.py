@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 import within
-from launcher import ROOT, Ended, environment
 
 from tsp_ref.cli import _parser
-from tsp_ref.config import make_config
+from tsp_ref.model.config import make_config
+from tsp_ref.process.jobs import ROOT, Ended, environment
 
 LIMIT = 120  # seconds; on a machine that is busy
 

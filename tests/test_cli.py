@@ -7,9 +7,9 @@ from importlib import metadata
 import numpy as np
 import pytest
 
-from tsp_ref import threads
 from tsp_ref.cli import main
 from tsp_ref.errors import UserError
+from tsp_ref.process import threads
 
 TINY = ["train", "--preset", "tiny", "--steps", "3", "--text", __file__]
 

@@ -7,11 +7,11 @@ import re
 import numpy as np
 import pytest
 
-from tsp_ref.config import PLANNING_ONLY, PRESETS, Config, make_config
 from tsp_ref.errors import UserError
-from tsp_ref.grid import ALONE, Place, folded
-from tsp_ref.model import Model
-from tsp_ref.parameters import initial_parameters
+from tsp_ref.grid.grid import ALONE, Place, folded
+from tsp_ref.model.config import PLANNING_ONLY, PRESETS, Config, make_config
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import initial_parameters
 
 RUNNABLE = [name for name in PRESETS if name not in PLANNING_ONLY]
 MULTIPLES = [("hidden_size", "num_heads"), ("num_heads", "num_kv_heads"), ("num_kv_heads", "blocks"),

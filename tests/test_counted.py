@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from cases import case_config, plans, random_text, single_digest, virtual_digest
 
+from tsp_ref.accounting.counted import Counted, CountedNumpy
+from tsp_ref.accounting.memory import Memory
+from tsp_ref.accounting.work import Work
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.counted import Counted, CountedNumpy
-from tsp_ref.memory import Memory
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
-from tsp_ref.work import Work
 
 
 def watched():

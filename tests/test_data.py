@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tsp_ref.config import Config, make_config
 from tsp_ref.errors import UserError
-from tsp_ref.grid import folded
-from tsp_ref.model import Model
+from tsp_ref.grid.grid import folded
+from tsp_ref.model.config import Config, make_config
+from tsp_ref.model.model import Model
 from tsp_ref.training.data import TRAINING, VALIDATION, Text, batch, load_text
 
 CONFIG = make_config("tiny")

@@ -51,7 +51,7 @@ def test_a_float32_run_makes_no_float64_array(schedule, ranks):
     (single, "rmsnorm_backward"), (tsp, "swiglu_forward"), (tsp, "attend_forward"), (tsp, "merge_triples")])
 def test_a_float64_scalar_anywhere_in_the_maths_is_seen(module, name, monkeypatch):
     if not hasattr(module, name):
-        from tsp_ref import tilewise as module
+        from tsp_ref.model import tilewise as module
     honest = getattr(module, name)
 
     def promoting(xp, first, *rest, **named):

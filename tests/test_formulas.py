@@ -8,14 +8,14 @@ from books import all_plans, sent_by, virtual_books
 from cases import CASES, case_config, cut
 
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.config import make_config
 from tsp_ref.formulas.memory import activation_bytes, gain_bytes, itemsize, model_state_bytes
 from tsp_ref.formulas.messages import Sizes, closed_layer, step_messages
 from tsp_ref.formulas.work import step_flops
-from tsp_ref.grid import ALONE, Grid, Place, folded
-from tsp_ref.model import Model
+from tsp_ref.grid.grid import ALONE, Grid, Place, folded
+from tsp_ref.model.config import make_config
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import initial_parameters
 from tsp_ref.ops import attention
-from tsp_ref.parameters import initial_parameters
 from tsp_ref.schedules import sp, tp, tsp
 from tsp_ref.training.strategy import Plan, choose_strategy
 

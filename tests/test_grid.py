@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tsp_ref.errors import UserError
-from tsp_ref.grid import ALONE, Grid, Place, folded, share, zigzag
+from tsp_ref.grid.grid import ALONE, Grid, Place, folded, share, zigzag
 
 GRIDS = [(1, 1), (8, 16), (8, 4), (3, 5), (32, 64), (7, 16)]
 WORLDS = [(blocks, tiles, size) for blocks, tiles in GRIDS for size in range(1, min(blocks, tiles) + 1)]

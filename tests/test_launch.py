@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tsp_ref.errors import MessageError, UserError
-from tsp_ref.launch import start
+from tsp_ref.process.launch import start
 
 
 def test_a_program_ends_with_its_own_code():

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 from cases import case_config, cut, random_text, single_training
 
+from tsp_ref.accounting.memory import KINDS, Memory
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.commands.holdings import activation_bytes, gain_bytes, model_state_bytes
-from tsp_ref.grid import folded
-from tsp_ref.memory import KINDS, Memory
-from tsp_ref.model import Model
-from tsp_ref.parameters import initial_parameters
+from tsp_ref.grid.grid import folded
+from tsp_ref.grid.tree import Tree
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import initial_parameters
 from tsp_ref.schedules import tsp
 from tsp_ref.schedules.collectives import AHEAD, ReduceToOwner, in_turn, own_last, turn, when_own_is_last
 from tsp_ref.schedules.tags import Tag
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
-from tsp_ref.tree import Tree
 
 
 def test_an_array_counts_from_its_birth_to_its_death():

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tsp_ref.comm.communicator import Communicator, Entry
+from tsp_ref.accounting.ledger import Entry
+from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import agreed, all_gather, from_root, gather_texts
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.errors import MessageError, UserError

@@ -15,11 +15,12 @@ import test_naive_and_single
 import test_recompute
 from cases import case_config, random_text, single_digest
 
-from tsp_ref import tilewise
-from tsp_ref.activations import AttentionSaved
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.virtual import VirtualCommunicator, VirtualWorld
 from tsp_ref.errors import AgreedError, MessageError
+from tsp_ref.grid.tree import Tree
+from tsp_ref.model import tilewise
+from tsp_ref.model.activations import AttentionSaved
 from tsp_ref.ops import attention as attention_ops
 from tsp_ref.ops import norm as norm_ops
 from tsp_ref.reference import single
@@ -29,7 +30,6 @@ from tsp_ref.training import strategy
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
-from tsp_ref.tree import Tree
 
 MODULES = {"tp": tp, "sp": sp, "tp+sp": tp_sp, "tsp": tsp}
 CONFIG = case_config("grouped-query", "float32", num_layers=1, hidden_size=32, num_heads=8, num_kv_heads=4, blocks=4,

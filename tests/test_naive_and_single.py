@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from cases import CASES, case_config, cut, perturbed_parameters, random_batch
 
-from tsp_ref.model import Model
-from tsp_ref.parameters import zero_parameters
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import zero_parameters
+from tsp_ref.model.tilewise import normalise
 from tsp_ref.reference import naive, single
-from tsp_ref.tilewise import normalise
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5}
 

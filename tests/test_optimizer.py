@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tsp_ref.config import Config, make_config
-from tsp_ref.grid import folded
-from tsp_ref.model import Model
-from tsp_ref.parameters import Parameters, initial_parameters, zero_parameters
+from tsp_ref.grid.grid import folded
+from tsp_ref.model.config import Config, make_config
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import Parameters, initial_parameters, zero_parameters
 from tsp_ref.training.optimizer import AdamW, clip_factor, learning_rate
 
 STEPS = 5

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from cases import case_config, random_text
 
+from tsp_ref.accounting.phase import OUTSIDE, phase
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.mesh import Mesh, make_mesh
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.model import Model
-from tsp_ref.phase import OUTSIDE, phase
+from tsp_ref.model.model import Model
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 

@@ -4,8 +4,8 @@ import pytest
 from cases import case_config, cut, random_batch, schedule_calls, single_calls
 
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.model import RECOMPUTE
-from tsp_ref.parameters import initial_parameters, zero_parameters
+from tsp_ref.model.model import RECOMPUTE
+from tsp_ref.model.parameters import initial_parameters, zero_parameters
 from tsp_ref.training.strategy import Plan
 
 ATTENTION = {"attention.keys_values", "attention.tile_keys_values", "attention.q", "attention.heads",

@@ -19,15 +19,15 @@ from cases import cut, random_batch, schedule_calls
 
 from tsp_ref import ops
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.config import make_config
-from tsp_ref.model import Model
-from tsp_ref.parameters import initial_parameters, zero_parameters
+from tsp_ref.model.config import make_config
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import initial_parameters, zero_parameters
 from tsp_ref.reference import naive, single
 from tsp_ref.training.strategy import Plan
 
 PACKAGE = Path(ops.__file__).parent.parent
 OPS = sorted((PACKAGE / "ops").glob("*.py"))
-OTHERS = [PACKAGE / name for name in ("tilewise.py", "reference/single.py", "reference/naive.py", "schedules/tp.py",
+OTHERS = [PACKAGE / name for name in ("model/tilewise.py", "reference/single.py", "reference/naive.py", "schedules/tp.py",
                                       "schedules/sp.py", "schedules/tp_sp.py", "schedules/tsp.py",
                                       "schedules/collectives.py")]
 COMMENT = re.compile(r"#\s*((?:->\s*)?\[.*)$")

@@ -14,12 +14,13 @@ from gpu_ranks import GpuCommunicator, on_gpus
 from strict import Race, StrictCupy
 from test_backend import CONFIG, digest_on
 
-from tsp_ref import backend as backends
-from tsp_ref.backend import CupyBackend
-from tsp_ref.comm.communicator import Communicator, Request
+from tsp_ref.backends import gpu as backends
+from tsp_ref.backends.gpu import CupyBackend
+from tsp_ref.comm.clocks import recording
+from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.link import Link
+from tsp_ref.comm.request import Request
 from tsp_ref.comm.staging import DeviceTransport, StagedTransport
-from tsp_ref.comm.timeline import recording
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.errors import MessageError, UserError
 from tsp_ref.schedules.tags import Tag

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from strict import Array, Race, StrictCupy
 
-from tsp_ref.backend import CupyBackend
+from tsp_ref.backends.gpu import CupyBackend
 
 HOST = np.arange(6, dtype=np.float32).reshape(2, 3)
 

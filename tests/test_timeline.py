@@ -14,8 +14,9 @@ from lanes import Recorded, check_all, check_own, read_trace, recorded_step, til
 
 from tsp_ref.cli import main
 from tsp_ref.comm import clocks, timeline
+from tsp_ref.comm.clocks import recording
 from tsp_ref.comm.link import Link
-from tsp_ref.comm.timeline import Lane, Message, Span, Timeline, pairs, recording
+from tsp_ref.comm.timeline import Lane, Message, Span, Timeline, pairs
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.pictures.axis import ticks
 from tsp_ref.pictures.chart import chart

@@ -7,9 +7,9 @@ import pytest
 from cases import case_config, random_text, single_training
 
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.grid import folded
-from tsp_ref.model import Model
-from tsp_ref.parameters import initial_parameters, named_views
+from tsp_ref.grid.grid import folded
+from tsp_ref.model.model import Model
+from tsp_ref.model.parameters import initial_parameters, named_views
 from tsp_ref.reference import naive, single
 from tsp_ref.training.collect import digest
 from tsp_ref.training.data import Text

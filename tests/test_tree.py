@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tsp_ref.grid import share
-from tsp_ref.tree import Tree, add, cover
+from tsp_ref.grid.grid import share
+from tsp_ref.grid.tree import Tree, add, cover
 
 COUNTS = [1, 2, 3, 4, 5, 7, 8, 11, 16, 23, 32]
 

@@ -6,7 +6,7 @@ from cases import case_config, random_text, single_training
 
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.commands.verify import Judge, compare_step, held_parameters
-from tsp_ref.parameters import named_views
+from tsp_ref.model.parameters import named_views
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 

@@ -35,7 +35,7 @@ Where to read, top to bottom: `config` (what a model is), `grid` (who owns what)
 and for GPUs `backend` (which array library computes) and `comm.staging` (how its arrays travel).
 """
 
-from . import allocator, threads
+from .process import allocator, threads
 
 __version__ = "0.1.0"
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from .backend import BACKENDS, Backend, open_backend
+from .backends.gpu import BACKENDS, Backend, open_backend
 from .comm.communicator import PROGRESS, Communicator
 from .comm.control import agreed
 from .comm.link import parse_link
@@ -18,11 +18,11 @@ from .commands.overlap import OverlapOptions, overlap
 from .commands.timeline import PictureOptions
 from .commands.train import TrainOptions, train
 from .commands.verify import verify
-from .config import PLANNING_ONLY, PRESETS, Config, make_config
 from .errors import UserError
-from .grid import LAYOUTS
-from .launch import refuse, start
-from .model import RECOMPUTE
+from .grid.grid import LAYOUTS
+from .model.config import PLANNING_ONLY, PRESETS, Config, make_config
+from .model.model import RECOMPUTE
+from .process.launch import refuse, start
 from .training.strategy import SCHEDULES, Plan
 
 DESCRIPTION = """\

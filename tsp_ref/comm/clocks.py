@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -12,6 +14,17 @@ from .control import ControlTag, all_gather
 from .timeline import Lane, Message, Span, Timeline
 
 QUESTIONS = 25  # of which the one that was answered fastest tells most
+
+
+@contextmanager
+def recording(comm: Communicator) -> Iterator[Timeline]:
+    """Write down what this rank does meanwhile."""
+    timeline = comm.timeline = Timeline(comm.phase)
+    try:
+        yield timeline
+    finally:
+        timeline.end()
+        comm.timeline = None
 
 
 def clock_offsets(comm: Communicator) -> list[tuple[float, float]]:

@@ -10,75 +10,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from ..accounting.ledger import Ledger
 from ..arrays import Array
 from ..errors import MessageError, UserError
 from .link import Link
+from .request import Request
 from .staging import Device
 from .timeline import Timeline
 
 LONGEST_SLEEP = 100e-6  # seconds: other messages may arrive meanwhile
 PROGRESS = ("wait", "poll", "thread")
 DTYPES = tuple(map(np.dtype, ("float32", "float64", "int64", "uint8")))
-
-
-@dataclass
-class Request:
-    """One message under way. It keeps its array alive and belongs to the communicator that made it."""
-
-    verb: str  # "send" or "receive"
-    array: Array
-    rank: int
-    peer: int
-    tag: int
-    handle: Any = None
-    arrived: bool = False  # the bytes are here, or have left
-    ready: float = 0.0  # when an emulated link is through with it
-    error: MessageError | None = None  # what a thread that helped it on met
-    noticed: bool = False  # that it is complete, for the timeline
-    done: bool = False
-
-    def __str__(self) -> str:
-        direction = "to" if self.verb == "send" else "from"
-        name = getattr(self.tag, "name", self.tag)
-        return (f"{self.verb} on rank {self.rank} {direction} rank {self.peer}, tag {name}, "
-                f"{list(self.array.shape)} {self.array.dtype}, {self.array.nbytes} bytes")
-
-
-class Entry(NamedTuple):
-    """What messages are counted by. The phase is (part of the model, direction), as its caller names it."""
-
-    verb: str  # "send" or "receive"
-    phase: tuple[str, str]
-    tag: str
-    peer: int
-
-
-class Ledger:
-    """Messages and bytes, by entry. Counted when a message is posted."""
-
-    def __init__(self) -> None:
-        self.phase = ("", "")
-        self.entries: dict[Entry, tuple[int, int]] = {}
-
-    def count(self, request: Request) -> None:
-        """Add one message."""
-        entry = Entry(request.verb, self.phase, str(getattr(request.tag, "name", request.tag)), request.peer)
-        messages, size = self.entries.get(entry, (0, 0))
-        self.entries[entry] = messages + 1, size + request.array.nbytes
-
-    def sums(
-        self, verb: str, tag: str | None = None, peer: int | None = None, part: str | None = None,
-        direction: str | None = None
-    ) -> tuple[int, int]:
-        """Messages and bytes of a verb; of one tag, peer, part of the model or direction, if named."""
-        chosen = [sums for entry, sums in self.entries.items()
-                  if entry.verb == verb and tag in (None, entry.tag) and peer in (None, entry.peer)
-                  and part in (None, entry.phase[0]) and direction in (None, entry.phase[1])]
-        return sum(messages for messages, _ in chosen), sum(size for _, size in chosen)
 
 
 @dataclass(frozen=True)
@@ -244,7 +190,7 @@ class Communicator(ABC):
             raise MessageError(f"{request}: the array must be C-contiguous; send a copy, or lay it out so")
         if request.verb == "receive" and not getattr(array.flags, "writeable", True):
             raise MessageError(f"{request}: the array must be writeable")
-        self.ledger.count(request)
+        self.ledger.count(request.verb, request.tag, request.peer, request.array.nbytes)
         if self.timeline is not None:
             self.timeline.post(request, self.phase)
         with self._lock:

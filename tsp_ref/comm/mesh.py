@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from ..arrays import Array
 from ..errors import MessageError
-from .communicator import Communicator, Request
+from .communicator import Communicator
+from .request import Request
 
 
 class Axis(Communicator):

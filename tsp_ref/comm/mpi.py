@@ -20,8 +20,9 @@ import numpy as np
 
 from ..arrays import Array
 from ..errors import MessageError, UserError
-from .communicator import Communicator, Request
+from .communicator import Communicator
 from .link import Link
+from .request import Request
 from .staging import Device, DeviceTransport, StagedTransport, Transport
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")

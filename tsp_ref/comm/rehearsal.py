@@ -8,7 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from ..arrays import Array, Namespace
-from .communicator import Communicator, Event, Request
+from .communicator import Communicator, Event
+from .request import Request
 
 
 def replay(comm: Communicator, script: list[Event], xp: Namespace = np) -> None:

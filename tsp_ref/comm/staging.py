@@ -19,12 +19,10 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from ..arrays import Array
-
-if TYPE_CHECKING:
-    from .communicator import Request
+from .request import Request
 
 
 class Mark(Protocol):

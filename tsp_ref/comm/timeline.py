@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from .communicator import Communicator, Request
+from .request import Request
 
 NONE = -1
 
@@ -145,17 +142,6 @@ class Timeline:
             phase, *tile = more if what == "compute" else (phase,)
             span = Span(at, at, "wait" if what == "wait" else "compute", *phase, *tile)
         return Lane(rank, spans, messages)
-
-
-@contextmanager
-def recording(comm: Communicator) -> Iterator[Timeline]:
-    """Write down what this rank does meanwhile."""
-    timeline = comm.timeline = Timeline(comm.phase)
-    try:
-        yield timeline
-    finally:
-        timeline.end()
-        comm.timeline = None
 
 
 def pairs(lanes: list[Lane]) -> list[Pair]:

@@ -24,8 +24,9 @@ from typing import Any, TypeVar
 
 from ..arrays import Array
 from ..errors import MessageError, UserError
-from .communicator import Communicator, Request
+from .communicator import Communicator
 from .link import Link
+from .request import Request
 
 Result = TypeVar("Result")
 

@@ -16,23 +16,23 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .. import threads
+from ..accounting.memory import KINDS, Memory
+from ..accounting.phase import Phase
+from ..accounting.work import Work
 from ..arrays import Array
+from ..backends.host import HOST, Backend
 from ..comm.communicator import Communicator
 from ..comm.control import agreed, all_gather, from_root, gather_texts
 from ..comm.virtual import VirtualWorld
-from ..config import Config
 from ..errors import UserError
 from ..formulas.memory import model_state_bytes
-from ..host import HOST, Backend
-from ..memory import KINDS, Memory
-from ..phase import Phase
-from ..terminal import console_for
+from ..model.config import Config
+from ..process import threads
+from ..process.terminal import console_for
 from ..training.collect import digest
 from ..training.data import Text, load_text, require_same_text
 from ..training.loop import Training
 from ..training.strategy import Plan, choose_strategy, meshes
-from ..work import Work
 from .files import WholeFile
 from .holdings import short
 

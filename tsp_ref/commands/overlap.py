@@ -13,14 +13,14 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..backends.host import HOST, Backend
 from ..comm.communicator import Communicator, Event
 from ..comm.control import agreed, all_gather, from_root
 from ..comm.rehearsal import LocalCopies, replay
-from ..config import Config
 from ..errors import UserError
-from ..host import HOST, Backend
-from ..parameters import initial_parameters, zero_parameters
-from ..terminal import console_for
+from ..model.config import Config
+from ..model.parameters import initial_parameters, zero_parameters
+from ..process.terminal import console_for
 from ..training.data import TRAINING, Text, batch, load_text
 from ..training.strategy import Plan, choose_strategy
 from .files import WholeFile

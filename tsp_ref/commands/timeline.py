@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from ..comm.clocks import gather_lanes
+from ..comm.clocks import gather_lanes, recording
 from ..comm.communicator import Communicator
-from ..comm.timeline import Lane, Timeline, recording
+from ..comm.timeline import Lane, Timeline
 from ..errors import UserError
 from ..pictures.axis import end_of
 from ..pictures.chart import chart

@@ -13,14 +13,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .. import threads
+from ..accounting.memory import MODEL_STATE
+from ..backends.host import HOST, Backend
 from ..comm.communicator import Communicator
 from ..comm.control import agreed
-from ..config import Config
 from ..errors import UserError
-from ..host import HOST, Backend
-from ..memory import MODEL_STATE
-from ..terminal import console_for
+from ..model.config import Config
+from ..process import threads
+from ..process.terminal import console_for
 from ..training.collect import digest
 from ..training.data import load_text, require_same_text
 from ..training.loop import StepReport, Training

@@ -10,16 +10,16 @@ from typing import TypeVar
 import numpy as np
 from rich.console import Console
 
-from .. import threads
-from ..activations import Saved
 from ..arrays import Array
+from ..backends.host import HOST, Backend
 from ..comm.communicator import Communicator
 from ..comm.control import agreed, all_gather, from_root
 from ..comm.virtual import VirtualWorld
-from ..config import Config
-from ..host import HOST, Backend
-from ..parameters import Parameters, named_views
-from ..terminal import console_for
+from ..model.activations import Saved
+from ..model.config import Config
+from ..model.parameters import Parameters, named_views
+from ..process import threads
+from ..process.terminal import console_for
 from ..training.collect import holders, stream, stream_blocks
 from ..training.data import load_text
 from ..training.loop import Training

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..config import Config
-from ..grid import Grid
+from ..grid.grid import Grid
+from ..model.config import Config
 from .messages import Sizes
 
 

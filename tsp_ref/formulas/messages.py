@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TypeAlias
 
-from ..config import Config
-from ..grid import Grid, Place, share
-from ..parameters import attention_shapes, mlp_shapes
+from ..grid.grid import Grid, Place, share
+from ..grid.tree import cover
+from ..model.config import Config
+from ..model.parameters import attention_shapes, mlp_shapes
 from ..schedules.tags import Tag
-from ..tree import cover
 
 
 @dataclass(frozen=True)

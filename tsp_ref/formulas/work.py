@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..config import Config
-from ..grid import Grid
+from ..grid.grid import Grid
+from ..model.config import Config
 from ..ops import attention as tile
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Array
-from ..config import Config
-from ..parameters import Parameters, named_views
+from ..model.config import Config
+from ..model.parameters import Parameters, named_views
 
 Weights = dict[str, Any]
 """embedding and head [V, h], gains [2L+1, h], layers: a list of {wq, wk, wv [h, ...], wo [..., h], gate, up, down}."""

@@ -17,10 +17,11 @@ from itertools import islice
 from typing import Any, TypeAlias, TypeVar
 
 from ..arrays import Array, Tiles
-from ..comm.communicator import Communicator, Request
-from ..grid import share
-from ..model import Model
-from ..tree import Node, Tree, add, cover
+from ..comm.communicator import Communicator
+from ..comm.request import Request
+from ..grid.grid import share
+from ..grid.tree import Node, Tree, add, cover
+from ..model.model import Model
 from .tags import Tag
 
 Item = TypeVar("Item")

@@ -17,11 +17,15 @@ from __future__ import annotations
 
 from functools import partial
 
-from ..activations import AttentionSaved, HeadSaved, MlpSaved, Saved
+from ..accounting.phase import phase
 from ..arrays import Array, Tiles
 from ..comm.communicator import Communicator
-from ..grid import ALONE, Place
-from ..model import Model
+from ..grid.grid import ALONE, Place
+from ..grid.tree import Tree
+from ..model.activations import AttentionSaved, HeadSaved, MlpSaved, Saved
+from ..model.model import Model
+from ..model.parameters import Parameters, attention_views, mlp_views
+from ..model.tilewise import add_residual, forget, normalise, normalise_backward, squares
 from ..ops.attention import (
     attend_backward,
     attend_forward,
@@ -34,10 +38,6 @@ from ..ops.attention import (
 from ..ops.embedding import embed_backward, embed_forward
 from ..ops.loss import logits_backward, logits_forward, merge_triples, token_losses
 from ..ops.mlp import swiglu_backward, swiglu_forward
-from ..parameters import Parameters, attention_views, mlp_views
-from ..phase import phase
-from ..tilewise import add_residual, forget, normalise, normalise_backward, squares
-from ..tree import Tree
 from .collectives import AllReduceTiles, all_reduce
 from .tags import Tag
 

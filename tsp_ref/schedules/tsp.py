@@ -30,11 +30,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
-from ..activations import AttentionSaved, HeadSaved, MlpSaved, Saved
+from ..accounting.phase import phase
 from ..arrays import Array, Tiles
-from ..comm.communicator import Communicator, Request
-from ..grid import Place, folded
-from ..model import Model
+from ..comm.communicator import Communicator
+from ..comm.request import Request
+from ..grid.grid import Place, folded
+from ..grid.tree import Tree
+from ..model.activations import AttentionSaved, HeadSaved, MlpSaved, Saved
+from ..model.model import Model
+from ..model.parameters import Parameters, attention_views, mlp_views
+from ..model.tilewise import add_residual, forget, normalise, normalise_backward, squares, totals
 from ..ops.attention import (
     attend_backward,
     attend_forward,
@@ -47,10 +52,6 @@ from ..ops.attention import (
 from ..ops.embedding import embed_backward, embed_forward
 from ..ops.loss import logits_backward, logits_forward, merge_triples, token_losses
 from ..ops.mlp import swiglu_backward, swiglu_forward
-from ..parameters import Parameters, attention_views, mlp_views
-from ..phase import phase
-from ..tilewise import add_residual, forget, normalise, normalise_backward, squares, totals
-from ..tree import Tree
 from .collectives import (
     AHEAD,
     Ahead,

@@ -13,8 +13,8 @@ import numpy as np
 from ..arrays import Array
 from ..comm.communicator import Communicator
 from ..comm.control import all_gather
-from ..model import Model
-from ..parameters import Parameters
+from ..model.model import Model
+from ..model.parameters import Parameters
 from ..schedules.tags import Tag
 from .loop import Training
 

@@ -14,9 +14,9 @@ import numpy as np
 from ..arrays import Array, Tiles
 from ..comm.communicator import Communicator
 from ..comm.control import gather_texts
-from ..config import Config
 from ..errors import AgreedError, UserError
-from ..model import Model
+from ..model.config import Config
+from ..model.model import Model
 
 TRAINING, VALIDATION = 0, 1
 NOT_SOURCE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}

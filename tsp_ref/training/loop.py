@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ..activations import Saved
+from ..accounting.phase import phase
 from ..arrays import Namespace
+from ..backends.host import Backend
 from ..comm.communicator import Communicator
-from ..config import Config
 from ..errors import AgreedError
-from ..host import Backend
-from ..model import Model
-from ..parameters import Parameters, initial_parameters, zero_parameters
-from ..phase import phase
+from ..model.activations import Saved
+from ..model.config import Config
+from ..model.model import Model
+from ..model.parameters import Parameters, initial_parameters, zero_parameters
 from .data import TRAINING, VALIDATION, Text, batch
 from .optimizer import AdamW, clip_factor, learning_rate
 from .strategy import Plan, choose_strategy

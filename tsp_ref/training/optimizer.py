@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterator
 
 from ..arrays import Array
-from ..config import Config
-from ..model import Model
-from ..parameters import Parameters, zero_parameters
+from ..model.config import Config
+from ..model.model import Model
+from ..model.parameters import Parameters, zero_parameters
 
 
 def learning_rate(config: Config, step: int) -> float:

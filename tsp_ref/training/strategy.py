@@ -8,15 +8,15 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from ..activations import Saved
 from ..arrays import Namespace, Tiles
+from ..backends.host import Backend
 from ..comm.communicator import Communicator
 from ..comm.mesh import make_mesh
-from ..config import Config
 from ..errors import UserError
-from ..host import Backend
-from ..model import Model
-from ..parameters import Parameters
+from ..model.activations import Saved
+from ..model.config import Config
+from ..model.model import Model
+from ..model.parameters import Parameters
 from ..reference import single
 from ..schedules import sp, tp, tp_sp, tsp
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from ..arrays import Array, Tiles
+from ..grid.tree import Tree
+from ..ops.norm import inverse_rms, rmsnorm_backward, rmsnorm_forward
 from .activations import Saved
-from .arrays import Array, Tiles
 from .model import Model
-from .ops.norm import inverse_rms, rmsnorm_backward, rmsnorm_forward
 from .parameters import Parameters
-from .tree import Tree
 
 
 def normalise(model: Model, x: Tiles, gain: Array) -> Tiles:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = ("--text", "README.md")  # for commands whose text does not matter: the standard library takes long to read
 
 # As it is before any test: jobs are started beside tests that change it for themselves.
@@ -108,7 +108,7 @@ def collect(job: subprocess.Popen[bytes]) -> Ended:
 
 def mpirun(n: int, *arguments: str, limit: float = 120, **extra: str) -> Ended:
     """Run `mpiexec -n N python arguments...` to its end. A job still running after `limit` seconds is a failure."""
-    job = begin(n, *arguments, **extra)
+    job = begin(n, *arguments, first=(), **extra)
     try:
         job.wait(limit)
     except subprocess.TimeoutExpired:

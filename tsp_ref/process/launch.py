@@ -9,10 +9,10 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from .comm import mpi
-from .comm.communicator import Communicator
-from .comm.virtual import VirtualWorld
-from .errors import AgreedError, UserError
+from ..comm import mpi
+from ..comm.communicator import Communicator
+from ..comm.virtual import VirtualWorld
+from ..errors import AgreedError, UserError
 
 
 def start(

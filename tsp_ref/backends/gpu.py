@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array
-from .comm.communicator import Communicator
-from .comm.control import ControlTag, agreed
-from .errors import UserError
+from ..accounting.memory import Memory
+from ..accounting.work import Work
+from ..arrays import Array
+from ..comm.communicator import Communicator
+from ..comm.control import ControlTag, agreed
+from ..errors import UserError
 from .host import HOST, Backend, backend_of
-from .memory import Memory
-from .work import Work
 
 __all__ = ["BACKENDS", "HOST", "Backend", "CupyBackend", "backend_of", "open_backend"]
 

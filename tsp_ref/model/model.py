@@ -6,16 +6,16 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .arrays import Array, Namespace, Tiles
+from ..accounting.memory import Memory
+from ..accounting.phase import Phase
+from ..accounting.work import Work
+from ..arrays import Array, Namespace, Tiles
+from ..backends.host import Backend, backend_of
+from ..errors import UserError
+from ..grid.grid import ALONE, Grid, Place
+from ..ops.attention import causal_mask
+from ..ops.rotary import rotary_table
 from .config import Config
-from .errors import UserError
-from .grid import ALONE, Grid, Place
-from .host import Backend, backend_of
-from .memory import Memory
-from .ops.attention import causal_mask
-from .ops.rotary import rotary_table
-from .phase import Phase
-from .work import Work
 
 RECOMPUTE = ("none", "attention", "full")
 

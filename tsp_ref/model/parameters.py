@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .arrays import Array
+from ..arrays import Array
 from .config import Config
 from .model import Model
 

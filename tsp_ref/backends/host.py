@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .arrays import Array, Namespace
-from .counted import CountedNumpy
-from .memory import Memory
-from .work import Work
+from ..accounting.counted import CountedNumpy
+from ..accounting.memory import Memory
+from ..accounting.work import Work
+from ..arrays import Array, Namespace
 
 
 class Backend:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from .arrays import Array
+from ..arrays import Array
 from .phase import OUTSIDE, Phase
 
 MODEL_STATE = ("weights", "gradients", "optimizer")

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 
 TYPES = {"int": int, "float": float, "bool": bool, "str": str}
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .arrays import Array, Tiles
+from ..arrays import Array, Tiles
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""The accounting: by phase of a step, what is sent, held and computed."""

@@ -1,0 +1,1 @@
+"""The array library that computes: NumPy, or CuPy on a GPU."""

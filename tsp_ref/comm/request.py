@@ -1,0 +1,32 @@
+"""One message in flight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..arrays import Array
+from ..errors import MessageError
+
+
+@dataclass
+class Request:
+    """One message under way. It keeps its array alive and belongs to the communicator that made it."""
+
+    verb: str  # "send" or "receive"
+    array: Array
+    rank: int
+    peer: int
+    tag: int
+    handle: Any = None
+    arrived: bool = False  # the bytes are here, or have left
+    ready: float = 0.0  # when an emulated link is through with it
+    error: MessageError | None = None  # what a thread that helped it on met
+    noticed: bool = False  # that it is complete, for the timeline
+    done: bool = False
+
+    def __str__(self) -> str:
+        direction = "to" if self.verb == "send" else "from"
+        name = getattr(self.tag, "name", self.tag)
+        return (f"{self.verb} on rank {self.rank} {direction} rank {self.peer}, tag {name}, "
+                f"{list(self.array.shape)} {self.array.dtype}, {self.array.nbytes} bytes")

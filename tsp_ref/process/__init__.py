@@ -1,0 +1,1 @@
+"""The process that a rank runs in: how it starts and ends, its threads, its memory, its terminal."""
