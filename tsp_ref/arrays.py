@@ -1,4 +1,4 @@
-"""The types that the maths is written in: arrays, the namespace whose functions make them, and arrays by slot."""
+"""The types that the maths is written in: arrays, and the namespace whose functions make them."""
 
 from typing import Any, TypeAlias
 
@@ -10,6 +10,3 @@ Array: TypeAlias = npt.NDArray[Any]
 Namespace: TypeAlias = Any
 """A module with NumPy's functions (`numpy` itself, or one that mirrors it). Every function that makes an array is
 given one as `xp`, so that nothing depends on which."""
-
-Tiles: TypeAlias = "dict[int, Array]"
-"""One array for each slot that a rank holds; its shape is said where it is used, most often [B, s, h]."""

@@ -21,9 +21,9 @@ class Ledger:
         self.phase = ("", "")
         self.entries: dict[Entry, tuple[int, int]] = {}
 
-    def count(self, verb: str, tag: int, peer: int, nbytes: int) -> None:
+    def count(self, verb: str, phase: tuple[str, str], tag: int, peer: int, nbytes: int) -> None:
         """Add one message."""
-        entry = Entry(verb, self.phase, str(getattr(tag, "name", tag)), peer)
+        entry = Entry(verb, phase, str(getattr(tag, "name", tag)), peer)
         messages, size = self.entries.get(entry, (0, 0))
         self.entries[entry] = messages + 1, size + nbytes
 

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,13 +74,20 @@ class Communicator(ABC):
         """All other ranks, the next one first, so that not everyone speaks to rank 0 at once."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
-    def Isend(self, array: Array, dest: int, tag: int) -> Request:
-        """Start to send `array`. It is neither copied nor to be changed before the request is complete."""
-        return self._post(Request("send", array, self.rank, dest, tag))
+    def Isend(self, array: Array, dest: int, tag: int, block: int | None = None) -> Request:
+        """Start to send `array`. It is neither copied nor to be changed before the request is complete. `block`: the one
+        that the message is about, for those who look on."""
+        return self._post(Request("send", array, self.rank, dest, tag, block=block))
 
-    def Irecv(self, array: Array, source: int, tag: int) -> Request:
+    def Irecv(self, array: Array, source: int, tag: int, block: int | None = None) -> Request:
         """Start to receive into `array`, whose size must be the message's."""
-        return self._post(Request("receive", array, self.rank, source, tag))
+        return self._post(Request("receive", array, self.rank, source, tag, block=block))
+
+    def phase_of(self, tag: int) -> tuple[str, str]:
+        """The phase that a message is counted by: that of the sub-layer that its tag names, if it names one, wherever
+        it is posted."""
+        sublayer, direction = self.phase
+        return getattr(tag, "sublayer", sublayer), direction
 
     def travel_by(self, progress: str, link: Link | None) -> None:
         """How messages are to travel from now on: who helps them on (one of PROGRESS), and over which link."""
@@ -100,7 +106,7 @@ class Communicator(ABC):
         """The most bytes of pinned memory that messages were staged in at a time."""
         return 0
 
-    def progress(self, block: int, slot: int) -> None:
+    def progress(self, block: int, slot: int, tiles: int = 1) -> None:
         """Let messages under way move on, if that is asked for (`--progress poll`): the work on a tile begins.
 
         MPI moves a large message only inside its own calls: one that was posted and then left alone for a computation
@@ -122,15 +128,6 @@ class Communicator(ABC):
     def is_here(self, request: Request) -> bool:
         """Whether the message is known to be complete; asks anew unless nobody is to help messages on."""
         return request.done if self.progress_mode == "wait" else self.Test(request)
-
-    @contextmanager
-    def counting(self, phase: tuple[str, str]) -> Iterator[None]:
-        """Count messages by this phase meanwhile."""
-        before, self.ledger.phase = self.phase, phase
-        try:
-            yield
-        finally:
-            self.ledger.phase = before
 
     def Wait(self, request: Request) -> None:
         """Return when the message is complete."""
@@ -190,9 +187,10 @@ class Communicator(ABC):
             raise MessageError(f"{request}: the array must be C-contiguous; send a copy, or lay it out so")
         if request.verb == "receive" and not getattr(array.flags, "writeable", True):
             raise MessageError(f"{request}: the array must be writeable")
-        self.ledger.count(request.verb, request.tag, request.peer, request.array.nbytes)
+        phase = self.phase_of(request.tag)
+        self.ledger.count(request.verb, phase, request.tag, request.peer, request.array.nbytes)
         if self.timeline is not None:
-            self.timeline.post(request, self.phase)
+            self.timeline.post(request, phase)
         with self._lock:
             self._open[id(request)] = request
             self._start(request)

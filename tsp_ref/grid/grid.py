@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from ..errors import UserError
 
@@ -56,6 +57,19 @@ def _slots(layout: str, tiles: int, rank: int, size: int) -> tuple[int, ...]:
     return tuple(part) if layout == "zigzag" else tuple(slot for slot in range(tiles) if zigzag(slot, tiles) in part)
 
 
+class Stack(NamedTuple):
+    """Some of a rank's tiles, that are taken through an operation at a time."""
+
+    number: int  # among the rank's stacks
+    tiles: slice  # of the rank's tiles, the first axis of all its arrays
+    slots: tuple[int, ...]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(the first slot, how many): what a communicator is told when the work on a stack begins."""
+        return self.slots[0], len(self.slots)
+
+
 @dataclass(frozen=True)
 class Grid:
     """The grid as one rank sees it. A single process is alone on both axes and holds everything.
@@ -98,6 +112,12 @@ class Grid:
     def slots(self) -> tuple[int, ...]:
         """This rank's token slots."""
         return self.slots_of(self.token_axis.rank)
+
+    def stacks(self, size: int) -> list[Stack]:
+        """This rank's tiles, so many at a time."""
+        starts = range(0, len(self.slots), size)
+        return [Stack(number, slice(start, start + size), self.slots[start : start + size])
+                for number, start in enumerate(starts)]
 
     def tile(self, slot: int) -> int:
         """The tile, in the order of the text, that a slot holds."""

@@ -11,7 +11,7 @@ Source: ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -28,10 +28,10 @@ def add(left: Any, right: Any) -> Any:
 
 
 @lru_cache(maxsize=4096)
-def _occupied(leaves: tuple[int, ...]) -> frozenset[Node]:
+def _occupied(leaves: tuple[int, ...], levels: int) -> frozenset[Node]:
     """Every node that is a leaf or above one."""
     nodes: set[Node] = set()
-    for level in range(max(leaves).bit_length() + 1):
+    for level in range(levels + 1):
         nodes.update((level, leaf >> level) for leaf in leaves)
     return frozenset(nodes)
 
@@ -41,13 +41,16 @@ class Tree(Generic[Partial]):
 
     leaves  the indices that take part; absent ones (masked tiles) are skipped, their sibling passes upward unmerged
     merge   what joins a left and a right partial; it may reuse either's memory
+    of      how many leaves there would be if none were absent, where nodes of that larger tree are handed in
     """
 
-    def __init__(self, leaves: Iterable[int], merge: Callable[[Partial, Partial], Partial] = add) -> None:
+    def __init__(
+        self, leaves: Iterable[int], merge: Callable[[Partial, Partial], Partial] = add, of: int = 0
+    ) -> None:
         self.leaves = tuple(leaves)
         self.merge = merge
-        self._occupied = _occupied(self.leaves)
-        self._root: Node = (max(self.leaves).bit_length(), 0)
+        self._root: Node = (max(max(self.leaves), of - 1).bit_length(), 0)
+        self._occupied = _occupied(self.leaves, self._root[0])
         self._waiting: dict[Node, Partial] = {}
 
     def add(self, index: int, partial: Partial, level: int = 0) -> None:
@@ -67,6 +70,26 @@ class Tree(Generic[Partial]):
         if node in self._waiting:
             raise ValueError(f"node {node} was added to the tree twice")
         self._waiting[node] = partial
+
+    def add_stack(self, leaves: Sequence[int], stack: Any) -> None:
+        """Hand in several leaves at once, ascending: stack[i] is the partial of leaves[i], and merge is addition. Siblings
+        are added pair by pair, the whole stack in one operation a level: the same sums as one by one."""
+        level, first = 0, leaves[0]
+        if len(leaves) != leaves[-1] + 1 - first:  # with gaps: no pairs
+            for leaf, partial in zip(leaves, stack):
+                self.add(leaf, partial)
+            return
+        while len(stack) > 1:
+            # What has no sibling in the stack is copied, so that it does not keep all of the stack alive.
+            if first % 2:
+                self.add(first, stack[0].copy(), level)
+                first, stack = first + 1, stack[1:]
+            if len(stack) % 2:
+                self.add(first + len(stack) - 1, stack[-1].copy(), level)
+            stack = stack[0 : len(stack) // 2 * 2 : 2] + stack[1::2]
+            level, first = level + 1, first // 2
+        if len(stack):
+            self.add(first, stack[0], level)
 
     @property
     def total(self) -> Partial:

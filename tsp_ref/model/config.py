@@ -64,6 +64,11 @@ class Config:
         return self.seq_len // self.tiles
 
     @property
+    def num_tokens(self) -> int:
+        """B·S, the tokens of a step."""
+        return self.batch_size * self.seq_len
+
+    @property
     def group_size(self) -> int:
         """g, the query heads that share a key/value head."""
         return self.num_heads // self.num_kv_heads

@@ -1,15 +1,11 @@
-"""What every function of a reference or a schedule is given: the configuration, the grid, the namespace, the books."""
+"""What every function of a reference or a schedule is given: the configuration, the grid, the namespace, the accounts."""
 
 from __future__ import annotations
-
-from collections import deque
-from collections.abc import Callable
-from typing import Any
 
 from ..accounting.memory import Memory
 from ..accounting.phase import Phase
 from ..accounting.work import Work
-from ..arrays import Array, Namespace, Tiles
+from ..arrays import Array, Namespace
 from ..backends.host import Backend, backend_of
 from ..errors import UserError
 from ..grid.grid import ALONE, Grid, Place
@@ -19,28 +15,35 @@ from .config import Config
 
 RECOMPUTE = ("none", "attention", "full")
 
+STACK_BYTES = 512 * 1024
+"""Of the largest array of a stack of tiles, at most, where the number of tiles is not given: with the others it fits the
+second-level cache of most processors (chosen by measurement)."""
+
 
 class Model:
     """A model as one rank sees it, without its weights. A single process is alone on both axes.
 
     config     as given
     backend    the library that computes, as given or over the namespace that was given; if `counted`, NumPy whose
-               arrays and products are all entered in the books
+               arrays and products are all entered in the accounts
     xp         its namespace
     grid       from the rank's places on the axis of weights and on that of tokens, and the layout
-    recompute  what the backward computes anew rather than find kept: "none", "attention" (everything between the
-               input and the output of an attention part), "full" (everything but the layers' inputs)
-    memory, work, phase  the books, and the phase that is entered in them
+    stacks     the rank's tiles, `stack` at a time (chosen by their size, if it is not given): a matter of speed alone
+    recompute  what the backward recomputes rather than find kept: "none", "attention" (everything between the input and
+               the output of an attention sub-layer), "full" (everything but the layers' inputs)
+    memory, work, phase  the accounts, and the phase that is entered in them
     mask       [s, s], the causal mask of a tile against itself
-    rotary     slot -> [2, s, e], the angles of the positions in this rank's slots
+    rotary     [p, 2, s, e], the angles of the positions in this rank's tiles
     """
 
     def __init__(
         self, config: Config, library: Namespace | Backend, weight_axis: Place = ALONE, token_axis: Place = ALONE, *,
-        layout: str = "zigzag", recompute: str = "none", counted: bool = False
+        layout: str = "zigzag", recompute: str = "none", counted: bool = False, stack: int | None = None
     ) -> None:
         if recompute not in RECOMPUTE:
             raise UserError(f"--recompute {recompute} is unknown: use one of {', '.join(RECOMPUTE)}")
+        if stack is not None and stack < 1:
+            raise UserError(f"--stack {stack} is not valid: use 1 or more tiles at a time, or leave it out")
         self.config = config
         self.memory = Memory()
         self.work = Work()
@@ -48,17 +51,12 @@ class Model:
         self.backend = backend.counted(self.memory, self.work) if counted else backend
         self.xp = self.backend.xp
         self.grid = Grid(config.blocks, config.tiles, config.tile_len, weight_axis, token_axis, layout)
+        self.stacks = self.grid.stacks(stack or tiles_at_a_time(config))
         self.recompute = recompute
-        self.coming: dict[int, Any] = {}  # by tag: what has set off to this rank for a part to come
-        self.following: list[Callable[[], None]] = []  # what sets off next, once a part has posted its own messages
-        self.leaving: deque[list[Any]] = deque()  # sends that nobody waits for yet
-        self.put_off: list[Callable[[], Any]] = []  # what of earlier parts' backwards is still to be done
         self.mask: Array = causal_mask(self.xp, config.tile_len, config.dtype)
-        self.rotary: Tiles = {
-            slot: rotary_table(self.xp, self.grid.tokens(slot).start, config.tile_len, config.head_dim,
-                               config.rope_theta, config.dtype)
-            for slot in self.grid.slots
-        }
+        self.rotary: Array = self.xp.stack([
+            rotary_table(self.xp, self.grid.tokens(slot).start, config.tile_len, config.head_dim, config.rope_theta,
+                         config.dtype) for slot in self.grid.slots])
 
     @property
     def phase(self) -> Phase:
@@ -76,3 +74,14 @@ class Model:
     def number(self, array: Array) -> float:
         """The number in an array of one element, once it is computed."""
         return float(self.backend.to_host(array).item())
+
+
+def tiles_at_a_time(config: Config) -> int:
+    """How many tiles to take at a time: a power of two, so that their sums fill the tree's nodes, and so few that the
+    largest array of a stack has at most STACK_BYTES. That is a tile's own, or the gradient of a block that it leaves."""
+    hidden, width = config.hidden_size, 2 * config.ffn_size // config.blocks
+    tile = config.batch_size * config.tile_len * max(hidden, width)
+    gradient = hidden * 3 * config.ffn_size // config.blocks
+    itemsize = 8 if config.dtype == "float64" else 4
+    most = max(1, STACK_BYTES // (itemsize * max(tile, gradient)))
+    return 1 << (min(most, config.tiles).bit_length() - 1)

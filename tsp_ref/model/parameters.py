@@ -56,18 +56,18 @@ def mlp_shapes(config: Config) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 def attention_views(config: Config, block: Array) -> tuple[Array, Array]:
-    """wqkv [h, (H+2K)/G·e] and wo [H/G·e, h] as views of a packed block."""
+    """wqkv [h, (H+2K)/G·e] and wo [H/G·e, h] as views of a packed block, or [p, ...] of p of them."""
     return _views(block, *attention_shapes(config))
 
 
 def mlp_views(config: Config, block: Array) -> tuple[Array, Array]:
-    """gate_up [h, 2f/G] and down [f/G, h] as views of a packed block."""
+    """gate_up [h, 2f/G] and down [f/G, h] as views of a packed block, or [p, ...] of p of them."""
     return _views(block, *mlp_shapes(config))
 
 
 def _views(block: Array, first: tuple[int, int], second: tuple[int, int]) -> tuple[Array, Array]:
-    cut = first[0] * first[1]
-    return block[:cut].reshape(first), block[cut:].reshape(second)
+    cut, stack = first[0] * first[1], block.shape[:-1]
+    return block[..., :cut].reshape(*stack, *first), block[..., cut:].reshape(*stack, *second)
 
 
 def named_views(config: Config, name: str, block: Array) -> dict[str, Array]:

@@ -1,37 +1,185 @@
-"""What a rank does to its own tiles and blocks without any message: the same in the reference and in every schedule."""
+"""What a rank does to its own tiles and blocks without any message: the same in the reference and in every schedule.
+
+Each function takes one stack of tiles through the maths of one block, or all of a rank's tiles through a norm. The
+loops over blocks and stacks stand in the sub-layers, where what travels meanwhile is seen.
+"""
 
 from __future__ import annotations
 
-from ..arrays import Array, Tiles
-from ..grid.tree import Tree
-from ..ops.norm import inverse_rms, rmsnorm_backward, rmsnorm_forward
-from .activations import Saved
+from collections.abc import Callable
+
+from ..arrays import Array
+from ..grid.grid import Stack
+from ..grid.tree import Tree, add
+from ..ops.attention import (
+    add_keys,
+    attend_backward,
+    attend_forward,
+    out_backward,
+    out_backward_weight,
+    out_forward,
+    qkv_backward,
+    qkv_forward,
+)
+from ..ops.loss import token_losses
+from ..ops.norm import rmsnorm_backward, rmsnorm_forward
+from .activations import AttentionSaved, HeadSaved, MlpSaved
 from .model import Model
-from .parameters import Parameters
+from .parameters import Parameters, attention_views
 
 
-def normalise(model: Model, x: Tiles, gain: Array) -> Tiles:
-    """RMSNorm of every tile; the backward computes it anew rather than keep it."""
-    return {slot: rmsnorm_forward(model.xp, x[slot], gain, model.config.norm_eps)[0] for slot in model.grid.slots}
+class BlockSums:
+    """The sums over blocks of what each stack of tiles gives with each: a tree for every stack."""
+
+    def __init__(self, model: Model, merge: Callable[[Array, Array], Array] = add) -> None:
+        self.trees = [Tree[Array](range(model.config.blocks), merge) for _ in model.stacks]
+
+    def add(self, stack: Stack, block: int, leaf: Array) -> None:
+        """What a stack gives with a block."""
+        self.trees[stack.number].add(block, leaf)
+
+    def finish(self) -> list[Array]:
+        """The totals, stack by stack, once all blocks are in."""
+        return [tree.total for tree in self.trees]
 
 
-def normalise_backward(model: Model, dy: Tiles, x: Tiles, gain: Array, dgain: Tiles, row: int) -> Tiles:
-    """dx; each tile's gradient of the gain goes into row `row` of the tile's dgain [2L+1, h]."""
-    dx: Tiles = {}
-    for slot in model.grid.slots:
-        inverse = inverse_rms(model.xp, x[slot], model.config.norm_eps)
-        dx[slot], dgain[slot][row] = rmsnorm_backward(model.xp, dy[slot], x[slot], gain, inverse)
+def normalise(model: Model, x: Array, gain: Array) -> Array:
+    """RMSNorm of all tiles [p, B, s, h]; the backward recomputes it rather than keep it."""
+    y = model.empty("working", *x.shape)
+    for stack in model.stacks:
+        rmsnorm_forward(model.xp, x[stack.tiles], gain, model.config.norm_eps, out=y[stack.tiles])
+    return y
+
+
+def normalise_backward(model: Model, dy: list[Array], x: Array, gain: Array, dgain: Array) -> Array:
+    """dx [p, B, s, h] from dy stack by stack; each tile's gradient of the gain goes into its row of dgain [p, h]."""
+    dx = model.empty("working", *x.shape)
+    for stack in model.stacks:
+        _, dgain[stack.tiles] = rmsnorm_backward(
+            model.xp, dy[stack.number], x[stack.tiles], gain, model.config.norm_eps, out=dx[stack.tiles])
+        dy[stack.number] = None  # type: ignore[call-overload]  (used up)
     return dx
 
 
-def add_residual(model: Model, x: Tiles, part: Tiles) -> Tiles:
-    """x plus a part's output, a new array for each tile."""
-    return {slot: model.memory.track("activations", x[slot] + part[slot]) for slot in model.grid.slots}
+def add_residual(model: Model, x: Array, y: list[Array]) -> Array:
+    """x plus a sub-layer's output, which is given stack by stack: a new array [p, B, s, h]."""
+    total = model.empty("activations", *x.shape)
+    for stack in model.stacks:
+        model.xp.add(x[stack.tiles], y[stack.number], out=total[stack.tiles])
+    return total
 
 
-def totals(trees: dict[int, Tree[Array]]) -> Tiles:
-    """The finished sum of every slot."""
-    return {slot: tree.total for slot, tree in trees.items()}
+def joined(model: Model, y: list[Array]) -> Array:
+    """What is given stack by stack, as one array [p, ...] that is kept."""
+    whole = model.empty("activations", len(model.grid.slots), *y[0].shape[1:])
+    for stack in model.stacks:
+        whole[stack.tiles] = y[stack.number]
+    return whole
+
+
+def keep_block(model: Model, saved: AttentionSaved, block: int) -> None:
+    """Make room for what a block of heads keeps of this rank's tiles."""
+    config, count = model.config, len(model.grid.slots)
+    batch, kv_heads, length, head_dim = (
+        config.batch_size, config.kv_heads_per_block, config.tile_len, config.head_dim)
+    rows = count, batch, kv_heads, config.group_size * length
+    saved.keys_values[block] = model.empty("activations", count, 2, batch, kv_heads, length, head_dim)
+    saved.q[block] = model.empty("activations", *rows, head_dim)
+    saved.heads[block] = model.empty("activations", *rows, head_dim)
+    saved.logsumexp[block] = model.empty("activations", *rows, 1)
+
+
+def keep_projected(model: Model, gate_up: Array) -> Array:
+    """Room for what a block of the MLP keeps of this rank's tiles [p, B·s, 2f/G]."""
+    config = model.config
+    return model.empty("activations", len(model.grid.slots), config.batch_size * config.tile_len, gate_up.shape[1])
+
+
+def project(model: Model, normed: Array, packed: Array, saved: AttentionSaved, block: int, stack: Stack) -> None:
+    """A stack's queries, keys and values with a block of heads, written where they are kept."""
+    tiles = stack.tiles
+    wqkv, _ = attention_views(model.config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+    qkv_forward(model.xp, normed[tiles], wqkv, model.rotary[tiles],
+                out=(saved.q[block][tiles], saved.keys_values[block][tiles]))
+
+
+def project_backward(
+    model: Model, dy: Array, dq: Array, dkeys_values: Array, normed: Array, packed: Array, saved: AttentionSaved,
+    block: int, stack: Stack, dweights: Tree[Array]
+) -> Array:
+    """A stack's gradient of the normed input [p, B, s, h], from dq [p, B, K/G, g·s, e] and dkeys_values
+    [p, 2, B, K/G, s, e] of all tiles; its tiles' gradients of the block, wo's too, are added to `dweights`."""
+    config, tiles = model.config, stack.tiles
+    wqkv, _ = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+    leaves = model.empty("working", len(stack.slots), packed.size)
+    dwqkv, dwo = attention_views(config, leaves)  # -> [p, h, (H+2*K)/G*e], [p, H/G*e, h]
+    dnormed = qkv_backward(
+        model.xp, dq[tiles], dkeys_values[tiles], normed[tiles], wqkv, model.rotary[tiles], out=dwqkv)
+    out_backward_weight(model.xp, dy[tiles], saved.heads[block][tiles], out=dwo)
+    dweights.add_stack(stack.slots, leaves)
+    return dnormed
+
+
+def attend(model: Model, keys_values: Array, packed: Array, saved: AttentionSaved, block: int, stack: Stack) -> Array:
+    """A stack's attention to the keys and values of the whole sequence [2, B, K/G, S, e], and its term of the output
+    [p, B, s, h]."""
+    tiles, visible = stack.tiles, [model.grid.visible(slot) for slot in stack.slots]
+    _, wo = attention_views(model.config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+    heads = saved.heads[block][tiles]
+    attend_forward(model.xp, saved.q[block][tiles], keys_values, visible, model.mask,
+                   out=(heads, saved.logsumexp[block][tiles]))
+    return out_forward(model.xp, heads, wo, model.config.tile_len)
+
+
+def attended_backward(
+    model: Model, dy: Array, keys_values: Array, packed: Array, saved: AttentionSaved, block: int, stack: Stack,
+    dkeys_values: Tree[Array]
+) -> Array:
+    """A stack's dq [p, B, K/G, g·s, e]; what each tile gives to the keys and values that it sees is added to
+    `dkeys_values`."""
+    tiles, visible = stack.tiles, [model.grid.visible(slot) for slot in stack.slots]
+    _, wo = attention_views(model.config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+    heads = saved.heads[block][tiles]
+    dheads = out_backward(model.xp, dy[tiles], heads, wo)
+    dq, given = attend_backward(model.xp, dheads, saved.q[block][tiles], keys_values, visible, model.mask, heads,
+                                saved.logsumexp[block][tiles])
+    for slot, gradient in zip(stack.slots, given):
+        dkeys_values.add(slot, gradient)
+    return dq
+
+
+def keys_values_tree(model: Model) -> Tree[Array]:
+    """The sum over all tiles of queries of what each gives to the keys and values that it sees."""
+    return Tree[Array](range(model.config.tiles), add_keys)
+
+
+def in_order_of_text(model: Model, tiles_of: dict[int, Array]) -> Array:
+    """Keys and values of the whole sequence [2, B, K/G, S, e] from those of the ranks' tiles: place on the axis of
+    tokens -> [p, 2, B, K/G, s, e]."""
+    config, grid = model.config, model.grid
+    whole = model.empty("buffers" if len(tiles_of) > 1 else "working", 2, config.batch_size, config.kv_heads_per_block,
+                        config.seq_len, config.head_dim)  # [2, B, K/G, S, e]
+    for place, tiles in tiles_of.items():
+        for position, slot in enumerate(grid.slots_of(place)):
+            whole[:, :, :, grid.tokens(slot)] = tiles[position]
+    return whole
+
+
+def in_order_of_slots(model: Model, whole: Array) -> Array:
+    """The other way round, for one who holds all tiles: [2, B, K/G, S, e] -> [p, 2, B, K/G, s, e]."""
+    tiles = [whole[:, :, :, model.grid.tokens(slot)] for slot in model.grid.slots]
+    return model.xp.stack(tiles)
+
+
+def losses_of(model: Model, triples: list[Array], x: Array) -> tuple[Array, HeadSaved]:
+    """The sum of each tile's losses [p, 1], from the triples of all blocks, stack by stack; and what the head keeps."""
+    tokens = model.config.batch_size * model.config.tile_len
+    losses = model.empty("working", len(model.grid.slots), 1)
+    saved = HeadSaved(x, model.empty("activations", len(model.grid.slots), tokens))
+    for stack in model.stacks:
+        of_tokens, saved.logsumexp[stack.tiles] = token_losses(model.xp, triples[stack.number])
+        losses[stack.tiles] = model.xp.sum(of_tokens, axis=-1, keepdims=True)  # [p, B*s] -> [p, 1]
+    return losses, saved
 
 
 def squares(model: Model, gradients: Parameters, position: int) -> Array:
@@ -40,9 +188,15 @@ def squares(model: Model, gradients: Parameters, position: int) -> Array:
     return model.xp.stack([model.xp.vdot(block, block) for block in blocks])
 
 
-def forget(model: Model, saved: Saved) -> None:
-    """Drop, of the layer that was kept last, what the backward will compute anew."""
+def norm_of(model: Model, squares_of_tensors: Array, gradients: Parameters) -> float:
+    """The Euclidean norm of all gradients, from the sums of squares of all tensors but the gains [number of tensors]."""
+    xp, gains = model.xp, gradients.gains
+    return model.number(xp.sqrt(xp.sum(squares_of_tensors) + xp.sum(gains * gains)))
+
+
+def forget(model: Model, attention: AttentionSaved, mlp: MlpSaved) -> None:
+    """Drop of a layer what the backward will recompute."""
     if model.recompute != "none":
-        saved.attention[-1].keep_input_only()
+        attention.keep_input_only()
     if model.recompute == "full":
-        saved.mlp[-1].keep_nothing()
+        mlp.keep_nothing()

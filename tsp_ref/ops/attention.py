@@ -1,13 +1,15 @@
-"""Grouped-query causal attention for one block of heads and one tile of queries.
+"""Grouped-query causal attention for one block of heads and a stack of tiles of queries.
 
 The g query heads that share a key/value head are stacked as g·s rows under it, so keys are never repeated and each
-product is one matrix multiplication per key/value head. Sources: grouped queries, arXiv 2305.13245; a backward that
-needs only the log-sum-exp of the scores, FlashAttention, arXiv 2205.14135.
+product is one matrix multiplication per key/value head. Each tile sees another number n of keys, so what meets keys is
+done tile by tile; all else for the whole stack. Sources: grouped queries, arXiv 2305.13245; a backward that needs only
+the log-sum-exp of the scores, FlashAttention, arXiv 2205.14135.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from ..arrays import Array, Namespace
 from .rotary import rotary_backward, rotary_forward
@@ -24,41 +26,44 @@ DIAGONAL = 64
 """Keys of a chunk of the tile itself, in the backward: of its scores few are masked (chosen by measurement)."""
 
 
-def qkv_forward(
-    xp: Namespace, x: Array, wqkv: Array, rotary: Array, group_size: int
-) -> tuple[Array, Array, Array]:
-    """Project a tile to the queries, keys and values of one block of heads, turned by their positions.
+def qkv_forward(xp: Namespace, x: Array, wqkv: Array, rotary: Array, out: tuple[Array, Array]) -> None:
+    """Project tiles to the queries, keys and values of one block of heads, turned by their positions.
 
-    x [B, s, h], wqkv [h, (H+2K)/G·e], rotary [2, s, e] -> q [B, K/G, g·s, e], k and v [B, K/G, s, e].
+    x [p, B, s, h], wqkv [h, (H+2K)/G·e], rotary [p, 2, s, e]; into `out` go the queries [p, B, K/G, g·s, e] and the keys
+    and values [p, 2, B, K/G, s, e].
     """
-    batch, length, _ = x.shape
-    head_dim = rotary.shape[-1]
-    kv_heads = wqkv.shape[1] // (group_size + 2) // head_dim
-    qkv = x.reshape(batch * length, -1) @ wqkv  # [B*s, h] -> [B*s, (H+2*K)/G*e]
-    heads = qkv.reshape(batch, length, -1, head_dim).transpose(0, 2, 1, 3)  # -> [B, (H+2*K)/G, s, e]
-    queries = group_size * kv_heads
-    q = rotary_forward(xp, heads[:, :queries], rotary)  # -> [B, H/G, s, e]
-    k = rotary_forward(xp, heads[:, queries : queries + kv_heads], rotary)  # -> [B, K/G, s, e]
-    v = heads[:, queries + kv_heads :]  # -> [B, K/G, s, e]
-    grouped = q.reshape(batch, kv_heads, -1, head_dim)  # [B, H/G, s, e] -> [B, K/G, g*s, e]
-    return grouped, k, v
+    q, keys_values = out
+    count, batch, kv_heads, _, head_dim = q.shape
+    length = x.shape[2]
+    qkv = x.reshape(count, batch * length, -1) @ wqkv  # [p, B*s, h] -> [p, B*s, (H+2*K)/G*e]
+    split = qkv.reshape(count, batch, length, -1, head_dim)  # -> [p, B, s, (H+2*K)/G, e]
+    heads = split.transpose(0, 1, 3, 2, 4)  # -> [p, B, (H+2*K)/G, s, e]
+    queries = heads.shape[2] - 2 * kv_heads
+    by_head = q.reshape(count, batch, queries, length, head_dim)  # [p, B, K/G, g*s, e] -> [p, B, H/G, s, e]
+    rotary_forward(xp, heads[:, :, :queries], rotary, out=by_head)
+    rotary_forward(xp, heads[:, :, queries : queries + kv_heads], rotary, out=keys_values[:, 0])
+    keys_values[:, 1] = heads[:, :, queries + kv_heads :]
 
 
 def qkv_backward(
-    xp: Namespace, dq: Array, dk: Array, dv: Array, x: Array, wqkv: Array, rotary: Array, out: Array
+    xp: Namespace, dq: Array, dkeys_values: Array, x: Array, wqkv: Array, rotary: Array, out: Array
 ) -> Array:
-    """dq [B, K/G, g·s, e], dk and dv [B, K/G, s, e] -> dx [B, s, h]; dwqkv is written into `out`."""
-    batch, length, hidden = x.shape
-    head_dim, kv_heads = dq.shape[-1], dk.shape[1]
-    dqkv = xp.empty((batch * length, wqkv.shape[1]), dtype=x.dtype)  # [B*s, (H+2*K)/G*e]
-    dheads = dqkv.reshape(batch, length, -1, head_dim).transpose(0, 2, 1, 3)  # -> [B, (H+2*K)/G, s, e]
-    queries = dheads.shape[1] - 2 * kv_heads
-    rotary_backward(xp, dq.reshape(batch, queries, length, head_dim), rotary, out=dheads[:, :queries])
-    rotary_backward(xp, dk, rotary, out=dheads[:, queries : queries + kv_heads])
-    dheads[:, queries + kv_heads :] = dv
-    xp.matmul(x.reshape(batch * length, hidden).T, dqkv, out=out)
-    dx = dqkv @ wqkv.T  # [B*s, (H+2*K)/G*e] -> [B*s, h]
-    return dx.reshape(batch, length, hidden)
+    """dq [p, B, K/G, g·s, e] and dkeys_values [p, 2, B, K/G, s, e] -> dx [p, B, s, h]; dwqkv is written into `out`
+    [p, h, (H+2K)/G·e]."""
+    count, batch, length, hidden = x.shape
+    head_dim, kv_heads = dq.shape[-1], dkeys_values.shape[3]
+    dqkv = xp.empty((count, batch * length, wqkv.shape[1]), dtype=x.dtype)  # [p, B*s, (H+2*K)/G*e]
+    split = dqkv.reshape(count, batch, length, -1, head_dim)  # -> [p, B, s, (H+2*K)/G, e]
+    dheads = split.transpose(0, 1, 3, 2, 4)  # -> [p, B, (H+2*K)/G, s, e]
+    queries = dheads.shape[2] - 2 * kv_heads
+    by_head = dq.reshape(count, batch, queries, length, head_dim)  # [p, B, K/G, g*s, e] -> [p, B, H/G, s, e]
+    rotary_backward(xp, by_head, rotary, out=dheads[:, :, :queries])
+    rotary_backward(xp, dkeys_values[:, 0], rotary, out=dheads[:, :, queries : queries + kv_heads])
+    dheads[:, :, queries + kv_heads :] = dkeys_values[:, 1]
+    flat = x.reshape(count, batch * length, hidden)  # [p, B, s, h] -> [p, B*s, h]
+    xp.matmul(flat.swapaxes(-1, -2), dqkv, out=out)
+    dx = dqkv @ wqkv.T  # [p, B*s, (H+2*K)/G*e] -> [p, B*s, h]
+    return dx.reshape(x.shape)  # [p, B*s, h] -> [p, B, s, h]
 
 
 def causal_mask(xp: Namespace, length: int, dtype: str) -> Array:
@@ -67,168 +72,202 @@ def causal_mask(xp: Namespace, length: int, dtype: str) -> Array:
 
 
 def strips(length: int) -> list[slice]:
-    """A tile's queries cut in equal strips of at most STRIP: a strip needs no key after its last query, so that less of
-    a long tile is computed only to be masked."""
-    step = max(size for size in range(1, min(length, STRIP) + 1) if length % size == 0)
-    return [slice(first, first + step) for first in range(0, length, step)]
+    """A tile's queries cut in strips of at most STRIP, the last as long as the others or a little shorter: a strip needs
+    no key after its last query, so that less of a long tile is computed only to be masked."""
+    step = math.ceil(length / math.ceil(length / STRIP))
+    return [slice(first, min(first + step, length)) for first in range(0, length, step)]
 
 
 def of_queries(x: Array, queries: slice, length: int) -> Array:
-    """The rows of x [B, K/G, g·s, ...] that belong to some of a tile's queries, of each query head: a view
-    [B, K/G, g, t, ...]."""
-    batch, kv_heads, _, width = x.shape
-    return x.reshape(batch, kv_heads, -1, length, width)[:, :, :, queries]
+    """The rows of x [..., g·s, e] that belong to some of a tile's `length` queries, of each query head: a view
+    [..., g, t, e]."""
+    return x.reshape(*x.shape[:-2], -1, length, x.shape[-1])[..., queries, :]
 
 
-def attend_forward(xp: Namespace, q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
-    """The attention of a tile, strip by strip.
+def attend_forward(
+    xp: Namespace, q: Array, keys_values: Array, visible: Sequence[int], mask: Array, out: tuple[Array, Array]
+) -> None:
+    """The attention of each tile to the keys that it sees: one softmax over all of them.
 
-    q [B, K/G, g·s, e], k and v [B, K/G, n, e], mask [s, s] -> the heads' output [B, K/G, g·s, e] and the
-    log-sum-exp of each query's scores [B, K/G, g·s, 1].
+    q [p, B, K/G, g·s, e]; keys and values of the whole sequence [2, B, K/G, S, e], of which tile i sees the first
+    visible[i]; mask [s, s]. Into `out` go the heads' output [p, B, K/G, g·s, e] and the log-sum-exp of each query's
+    scores [p, B, K/G, g·s, 1].
     """
-    length, (batch, kv_heads, rows, head_dim) = mask.shape[0], q.shape
-    heads = xp.empty_like(q)
-    logsumexp = xp.empty((batch, kv_heads, rows, 1), dtype=q.dtype)  # [B, K/G, g*s, 1]
+    heads, logsumexp = out
+    scaled = q * q.shape[-1] ** -0.5
+    total = xp.empty_like(logsumexp)
+    keys, values = keys_values
+    for tile, seen in enumerate(visible):
+        attend_tile(xp, scaled[tile], keys[:, :, :seen], values[:, :, :seen], mask,
+                    (heads[tile], logsumexp[tile], total[tile]))
+    heads /= total
+    logsumexp += xp.log(total)
+
+
+def attend_tile(
+    xp: Namespace, q: Array, keys: Array, values: Array, mask: Array, out: tuple[Array, Array, Array]
+) -> None:
+    """One tile, strip by strip: q [B, K/G, g·s, e], scaled, keys and values [B, K/G, n, e], mask [s, s]. Into `out`: the
+    heads' output before its division, each row's largest score, and its sum of exp(score - largest). (`einsum` sums
+    short rows faster than `sum`.)"""
+    length, (batch, kv_heads, _, head_dim) = mask.shape[0], q.shape
+    before = keys.shape[2] - length
     for strip in strips(length):
-        seen = k.shape[2] - length + strip.stop
-        part = of_queries(q, strip, length)  # -> [B, K/G, g, t, e]
-        found, logsum = attend_strip(
-            xp, part.reshape(batch, kv_heads, -1, head_dim), k[:, :, :seen], v[:, :, :seen], mask[strip, strip])
-        of_queries(heads, strip, length)[...] = found.reshape(part.shape)
-        of_queries(logsumexp, strip, length)[...] = logsum.reshape(*part.shape[:-1], 1)
-    return heads, logsumexp
+        rows = of_queries(q, strip, length).reshape(batch, kv_heads, -1, head_dim)  # -> [B, K/G, g*t, e]
+        probs = attention_scores(rows, keys[:, :, : before + strip.stop], mask[strip, strip])
+        largest = xp.max(probs, axis=-1, keepdims=True)  # [B, K/G, g*t, n] -> [B, K/G, g*t, 1]
+        probs -= largest
+        xp.exp(probs, out=probs)
+        total = xp.einsum("bkqn->bkq", probs)[..., None]  # [B, K/G, g*t, n] -> [B, K/G, g*t, 1]
+        heads = probs @ values[:, :, : before + strip.stop]  # [B, K/G, g*t, n] -> [B, K/G, g*t, e]
+        for whole, found in zip(out, (heads, largest, total)):
+            part = of_queries(whole, strip, length)
+            part[...] = found.reshape(part.shape)
 
 
-def attention_scores(xp: Namespace, q: Array, k: Array, mask: Array) -> Array:
-    """Scaled, masked scores of a strip's queries against all keys up to its last: [B, K/G, g·t, n].
+def attention_scores(q: Array, keys: Array, mask: Array) -> Array:
+    """Masked scores of a strip's scaled queries against all keys up to its last: [B, K/G, g·t, n].
 
     Only the last t columns, the strip against itself, need the mask: all keys before the strip are visible.
     """
-    scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)  # [B, K/G, g*t, e] -> [B, K/G, g*t, n]
+    scores = q @ keys.swapaxes(-1, -2)  # [B, K/G, g*t, e] -> [B, K/G, g*t, n]
     add_mask(scores, mask, mask.shape[0])
     return scores
 
 
 def add_mask(scores: Array, mask: Array, length: int) -> None:
-    """Add the mask [w, w] in place to scores of `length` queries of each head: to the first w against the last w keys.
-    """
-    batch, kv_heads, rows, _ = scores.shape
+    """Add the mask [w, w] in place to scores [..., g·t, n] of `length` queries t of each head: to the first w against the
+    last w keys."""
     width = mask.shape[0]
-    scores.reshape(batch, kv_heads, rows // length, length, -1)[..., :width, -width:] += mask
+    scores.reshape(*scores.shape[:-2], -1, length, scores.shape[-1])[..., :width, -width:] += mask
 
 
 def with_column(xp: Namespace, x: Array, column: Array | float) -> Array:
-    """x [B, K/G, n, e], or as many rows of queries, with one more column."""
-    wider = xp.empty((*x.shape[:-1], x.shape[-1] + 1), dtype=x.dtype)  # [B, K/G, n, e+1]
+    """x [..., n, e] with one more column."""
+    wider = xp.empty((*x.shape[:-1], x.shape[-1] + 1), dtype=x.dtype)
     wider[..., :-1] = x
     wider[..., -1:] = column
     return wider
 
 
-def attend_strip(xp: Namespace, q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, Array]:
-    """One softmax over all keys that a strip sees. (`einsum` sums short rows faster than `sum`.)
-
-    q [B, K/G, g·t, e], k and v [B, K/G, n, e], mask [t, t] -> the heads' output [B, K/G, g·t, e] and the
-    log-sum-exp of each query's scores [B, K/G, g·t, 1].
-    """
-    probs = attention_scores(xp, q, k, mask)
-    largest = xp.max(probs, axis=-1, keepdims=True)  # [B, K/G, g*t, n] -> [B, K/G, g*t, 1]
-    probs -= largest
-    xp.exp(probs, out=probs)
-    total = xp.einsum("bkqn->bkq", probs)[..., None]  # [B, K/G, g*t, n] -> [B, K/G, g*t, 1]
-    heads = probs @ v  # [B, K/G, g*t, n] -> [B, K/G, g*t, e]
-    heads /= total
-    return heads, largest + xp.log(total)
-
-
 def attend_backward(
-    xp: Namespace, dheads: Array, q: Array, k: Array, v: Array, mask: Array, heads: Array, logsumexp: Array
-) -> tuple[Array, Array]:
+    xp: Namespace, dheads: Array, q: Array, keys_values: Array, visible: Sequence[int], mask: Array, heads: Array,
+    logsumexp: Array
+) -> tuple[Array, list[Array]]:
     """The softmax is recomputed from its log-sum-exp, so no [g·s, n] array is ever kept, nor made: the work goes by
     chunks of keys that fit the cache. The plain form, with p the softmax, and all of it at once:
 
         dv = pᵀ dheads,  dscores = p * (dheads vᵀ - rows of <dheads, heads>) / √e,  dq = dscores k,  dk = dscoresᵀ q
 
     What is subtracted from each row of a product is one more column of its left factor, and of its right one a column
-    of ones: so it costs no pass over the result.
+    of ones: so it costs no pass over the result. A tile's keys before its own are met tile by tile, its own by all tiles
+    of the stack at once: of those each sees as many.
 
-    dheads [B, K/G, g·s, e] -> dq [B, K/G, g·s, e] and, stacked, dk and dv [2, B, K/G, n, e].
+    dheads [p, B, K/G, g·s, e] -> dq [p, B, K/G, g·s, e] and, for each tile, dk and dv [2, B, K/G, n, e].
     """
     length, scale = mask.shape[0], q.shape[-1] ** -0.5
     scaled = q * scale
     # A softmax passes on only what differs from the weighted mean of its gradient, which is <dheads, heads>.
-    mean = xp.einsum("bkqe,bkqe->bkq", dheads, heads)[..., None]  # [B, K/G, g*s, e] -> [B, K/G, g*s, 1]
-    queries = with_column(xp, scaled, -logsumexp)  # [B, K/G, g*s, e] -> [B, K/G, g*s, e+1]
-    centred = with_column(xp, dheads, -mean)  # [B, K/G, g*s, e] -> [B, K/G, g*s, e+1]
-    keys, values = with_column(xp, k, 1.0), with_column(xp, v, 1.0)  # -> [B, K/G, n, e+1], [B, K/G, n, e+1]
-    dkv = xp.empty((2, *k.shape), dtype=k.dtype)  # [2, B, K/G, n, e]
+    mean = xp.einsum("pbkqe,pbkqe->pbkq", dheads, heads)[..., None]  # [p, B, K/G, g*s, e] -> [p, B, K/G, g*s, 1]
+    queries = with_column(xp, scaled, -logsumexp)  # [p, B, K/G, g*s, e] -> [p, B, K/G, g*s, e+1]
+    centred = with_column(xp, dheads, -mean)  # [p, B, K/G, g*s, e] -> [p, B, K/G, g*s, e+1]
+    wide = with_column(xp, keys_values, 1.0)  # [2, B, K/G, S, e] -> [2, B, K/G, S, e+1]
     dq = xp.zeros_like(q)
-    for chunk, first in key_chunks(q, k.shape[2], length):
-        rows = [rows_from(x, first, length) for x in (scaled, dheads, queries, centred)]
-        scaled_rows, dheads_rows, queries_rows, centred_rows = rows
-        probs = queries_rows @ keys[:, :, chunk].swapaxes(-1, -2)  # -> [B, K/G, g*r, c]
-        if chunk.start >= k.shape[2] - length:
-            width = chunk.stop - chunk.start
-            add_mask(probs, mask[:width, :width], length - first)
-        xp.exp(probs, out=probs)
-        xp.matmul(probs.swapaxes(-1, -2), dheads_rows, out=dkv[1][:, :, chunk])
-        dscores = centred_rows @ values[:, :, chunk].swapaxes(-1, -2)  # -> [B, K/G, g*r, c]
-        dscores *= probs
-        xp.matmul(dscores.swapaxes(-1, -2), scaled_rows, out=dkv[0][:, :, chunk])
+    dkeys_values = [xp.empty((*keys_values.shape[:3], seen, q.shape[-1]), dtype=q.dtype) for seen in visible]
+    for tile, seen in enumerate(visible):
+        for chunk in chunks_before(q[tile], seen - length):
+            dq[tile] += chunk_backward(
+                xp, queries[tile], centred[tile], scaled[tile], dheads[tile], wide[:, :, :, chunk], None,
+                out=dkeys_values[tile][:, :, :, chunk])
+    own = xp.stack([wide[:, :, :, seen - length : seen] for seen in visible], axis=1)  # -> [2, p, B, K/G, s, e+1]
+    down = xp.empty((*own.shape[:-1], q.shape[-1]), dtype=q.dtype)  # [2, p, B, K/G, s, e]
+    for first in range(0, length, DIAGONAL):
+        rows = [rows_from(x, first, length) for x in (queries, centred, scaled, dheads)]
+        chunk = slice(first, min(first + DIAGONAL, length))
+        found = chunk_backward(xp, *rows, own[..., chunk, :], mask[: length - first, : length - first][: DIAGONAL, : DIAGONAL],
+                               out=down[..., chunk, :], rows=length - first)
         dq_rows = of_queries(dq, slice(first, length), length)
-        dq_rows += (dscores @ k[:, :, chunk]).reshape(dq_rows.shape)
+        dq_rows += found.reshape(dq_rows.shape)
+    for tile, seen in enumerate(visible):
+        dkeys_values[tile][:, :, :, seen - length :] = down[:, tile]
     dq *= scale
-    return dq, dkv
+    return dq, dkeys_values
 
 
-def key_chunks(q: Array, count: int, length: int) -> list[tuple[slice, int]]:
-    """The keys 0..count-1 in chunks, each with the first of a tile's queries q [B, K/G, g·s, e] that sees its keys.
+def chunk_backward(
+    xp: Namespace, queries: Array, centred: Array, scaled: Array, dheads: Array, wide: Array, mask: Array | None,
+    out: Array, rows: int = 0
+) -> Array:
+    """What r rows of queries of each head and a chunk of c keys give each other: dq [..., g·r, e], before its scale,
+    and, into `out` [2, ..., c, e], the gradients of keys and values.
 
-    Before the tile, which is the last `length` keys: so many that their scores take about CHUNK_BYTES, seen by all.
-    The tile itself: DIAGONAL keys at a time, because no query before a chunk's first key sees any of it.
+    queries, centred [..., g·r, e+1]; scaled, dheads [..., g·r, e]; wide: keys and values [2, ..., c, e+1]. Where the
+    chunk is of the tile itself: mask [c, c], and r rows of each head.
     """
-    before = count - length
+    keys, values = wide
+    probs = queries @ keys.swapaxes(-1, -2)  # [..., g*r, e+1] -> [..., g*r, c]
+    if mask is not None:
+        add_mask(probs, mask, rows)
+    xp.exp(probs, out=probs)
+    xp.matmul(probs.swapaxes(-1, -2), dheads, out=out[1])
+    dscores = centred @ values.swapaxes(-1, -2)  # [..., g*r, e+1] -> [..., g*r, c]
+    dscores *= probs
+    xp.matmul(dscores.swapaxes(-1, -2), scaled, out=out[0])
+    return dscores @ keys[..., :-1]  # [..., g*r, c] -> [..., g*r, e]
+
+
+def chunks_before(q: Array, before: int) -> list[slice]:
+    """The `before` keys before a tile in chunks: so many that their scores against all of the tile's queries
+    q [B, K/G, g·s, e] take about CHUNK_BYTES."""
     step = max(DIAGONAL, CHUNK_BYTES // (math.prod(q.shape[:3]) * q.dtype.itemsize))
-    earlier = [(slice(first, min(first + step, before)), 0) for first in range(0, before, step)]
-    return earlier + [(slice(before + first, before + min(first + DIAGONAL, length)), first)
-                      for first in range(0, length, DIAGONAL)]
+    return [slice(first, min(first + step, before)) for first in range(0, before, step)]
 
 
 def rows_from(x: Array, first: int, length: int) -> Array:
-    """The rows of x [B, K/G, g·s, ...] that belong to the queries from `first` on, of each query head."""
+    """The rows of x [p, B, K/G, g·s, ...] that belong to the queries from `first` on, of each query head."""
     if first == 0:
         return x
     rows = of_queries(x, slice(first, length), length)
-    return rows.reshape(*x.shape[:2], -1, x.shape[-1])
+    return rows.reshape(*x.shape[:3], -1, x.shape[-1])
 
 
-def merge_heads(xp: Namespace, heads: Array, length: int) -> Array:
-    """Put the heads side by side: [B, K/G, g·s, e] -> [B·s, H/G·e]."""
-    batch, kv_heads, rows, head_dim = heads.shape
-    split = heads.reshape(batch, kv_heads * rows // length, length, head_dim)  # -> [B, H/G, s, e]
-    return split.transpose(0, 2, 1, 3).reshape(batch * length, -1)  # [B, H/G, s, e] -> [B*s, H/G*e]
+def add_keys(left: Array, right: Array) -> Array:
+    """Gradients of keys and values [2, B, K/G, n, e] of two tiles of queries, or of more: each of the first n keys of the
+    sequence, so the shorter is added to the head of the longer, in place. The tree's operation for them."""
+    if left.shape[3] < right.shape[3]:
+        left, right = right, left
+    left[:, :, :, : right.shape[3]] += right
+    return left
+
+
+def merge_heads(heads: Array, length: int) -> Array:
+    """Put the heads side by side: [p, B, K/G, g·s, e] -> [p, B·s, H/G·e]."""
+    count, batch, kv_heads, rows, head_dim = heads.shape
+    by_head = heads.reshape(count, batch, kv_heads * rows // length, length, head_dim)  # -> [p, B, H/G, s, e]
+    return by_head.transpose(0, 1, 3, 2, 4).reshape(count, batch * length, -1)  # [p, B, H/G, s, e] -> [p, B*s, H/G*e]
 
 
 def out_forward(xp: Namespace, heads: Array, wo: Array, length: int) -> Array:
-    """This block of heads' part of the attention's output: [B, K/G, g·s, e], wo [H/G·e, h] -> [B, s, h]."""
-    merged = merge_heads(xp, heads, length)  # [B, K/G, g*s, e] -> [B*s, H/G*e]
-    y = merged @ wo  # [B*s, H/G*e] -> [B*s, h]
-    return y.reshape(heads.shape[0], length, -1)
+    """This block of heads' term of the attention's output: [p, B, K/G, g·s, e], wo [H/G·e, h] -> [p, B, s, h]."""
+    merged = merge_heads(heads, length)  # [p, B, K/G, g*s, e] -> [p, B*s, H/G*e]
+    y = merged @ wo  # [p, B*s, H/G*e] -> [p, B*s, h]
+    return y.reshape(*heads.shape[:2], length, -1)  # [p, B*s, h] -> [p, B, s, h]
 
 
-def out_backward(xp: Namespace, dy: Array, heads: Array, wo: Array, length: int) -> Array:
-    """dy [B, s, h] -> dheads [B, K/G, g·s, e]."""
-    batch, kv_heads, _, head_dim = heads.shape
-    dheads = dy.reshape(batch * length, -1) @ wo.T  # [B*s, h] -> [B*s, H/G*e]
-    split = dheads.reshape(batch, length, -1, head_dim).transpose(0, 2, 1, 3)  # -> [B, H/G, s, e]
-    return split.reshape(batch, kv_heads, -1, head_dim)
+def out_backward(xp: Namespace, dy: Array, heads: Array, wo: Array) -> Array:
+    """dy [p, B, s, h] -> dheads [p, B, K/G, g·s, e]."""
+    count, batch, length, hidden = dy.shape
+    dmerged = dy.reshape(count, batch * length, hidden) @ wo.T  # [p, B*s, h] -> [p, B*s, H/G*e]
+    split = dmerged.reshape(count, batch, length, -1, heads.shape[-1])  # -> [p, B, s, H/G, e]
+    return split.transpose(0, 1, 3, 2, 4).reshape(heads.shape)  # [p, B, s, H/G, e] -> [p, B, K/G, g*s, e]
 
 
 def out_backward_weight(xp: Namespace, dy: Array, heads: Array, out: Array) -> None:
-    """dy [B, s, h] -> dwo, written into `out` [H/G·e, h].
+    """dy [p, B, s, h] -> dwo, written into `out` [p, H/G·e, h].
 
     Apart from `out_backward`, because a weight's gradient is written into its packed block together with wqkv's, which
     is known only when the gradients of keys and values have come back from every tile.
     """
-    batch, length, hidden = dy.shape
-    xp.matmul(merge_heads(xp, heads, length).T, dy.reshape(batch * length, hidden), out=out)
+    count, batch, length, hidden = dy.shape
+    flat = dy.reshape(count, batch * length, hidden)  # [p, B, s, h] -> [p, B*s, h]
+    xp.matmul(merge_heads(heads, length).swapaxes(-1, -2), flat, out=out)

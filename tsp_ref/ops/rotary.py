@@ -25,19 +25,31 @@ def rotary_table(xp: Namespace, first: int, length: int, head_dim: int, theta: f
 
 def halves_swapped(x: Array) -> Array:
     """[x1, x2] -> [x2, x1], as a view [..., s, 2, e/2] of x [..., s, e]."""
-    return x.reshape(*x.shape[:-1], 2, -1)[..., ::-1, :]
+    return halves(x)[..., ::-1, :]
 
 
-def rotary_forward(xp: Namespace, x: Array, table: Array) -> Array:
-    """Turn each pair of x [..., s, e] by its position's angle."""
+def cos_and_sin(table: Array) -> tuple[Array, Array]:
+    """The two halves of tables [p, 2, s, e], for arrays [p, B, heads, s, e] and for such in halves."""
+    return table[:, 0, None, None], halves(table[:, 1, None, None])
+
+
+def halves(x: Array) -> Array:
+    """[..., s, e] -> [..., s, 2, e/2]."""
+    return x.reshape(*x.shape[:-1], 2, -1)
+
+
+def rotary_forward(xp: Namespace, x: Array, table: Array, out: Array | None = None) -> Array:
+    """Turn each pair of x [p, B, heads, s, e] by its position's angle, table [p, 2, s, e]; into `out`, if given."""
+    cos, sin = cos_and_sin(table)
     x = xp.ascontiguousarray(x)  # it is read twice, and its rows may lie apart
-    y = x * table[0]
-    y += (halves_swapped(x) * table[1].reshape(x.shape[-2], 2, -1)).reshape(x.shape)
+    y = xp.multiply(x, cos, out=out)
+    y += (halves_swapped(x) * sin).reshape(x.shape)
     return y
 
 
 def rotary_backward(xp: Namespace, dy: Array, table: Array, out: Array | None = None) -> Array:
     """A rotation's gradient is the rotation back; written into `out`, if given, where a tile's other gradients lie."""
-    dx = xp.multiply(dy, table[0], out=out)
-    dx -= (halves_swapped(dy) * table[1].reshape(dy.shape[-2], 2, -1)).reshape(dy.shape)
+    cos, sin = cos_and_sin(table)
+    dx = xp.multiply(dy, cos, out=out)
+    dx -= (halves_swapped(dy) * sin).reshape(dy.shape)
     return dx

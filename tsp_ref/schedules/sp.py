@@ -1,10 +1,11 @@
 """SP: sequence parallelism. Every rank holds all of the weights and 1/N of the tokens.
 
 Weights are replicated, tokens are cut: each rank applies every block to its own tokens, and only keys and values cross
-between tokens. They are exchanged block by block, so that no rank ever holds more than one block's heads of the whole
-sequence. Gradients of weights are summed over the ranks: each rank sums some of the blocks (a reduce to it) and sends
-the totals to all (an all-gather), so that all take the same optimizer step. (This is what is also called context
-parallelism; for keys and values an exchange as here, or a ring as in arXiv 2310.01889. The order of every sum is ours.)
+between tokens. They are exchanged block by block, under the work on two others, so that no rank ever holds more than a
+few blocks' heads of the whole sequence. Gradients of weights are summed over the ranks: each rank sums some of the blocks
+(a reduce to it) and sends the totals to all (an all-gather), so that all take the same optimizer step; the reduce ends
+under the next sub-layer, the all-gather under the one after that. (This is what is also called context parallelism; for
+keys and values an exchange as here, or a ring as in arXiv 2310.01889. The order of every sum is ours.)
 
 Between layers a rank holds its 1/N of the activations, but weights, gradients and optimizer state whole: they are not
 divided by N.
@@ -14,44 +15,26 @@ Read beside `reference.single`: the same functions in the same order; what diffe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
 from functools import partial
 
 from ..accounting.phase import phase
-from ..arrays import Array, Tiles
+from ..arrays import Array
 from ..comm.communicator import Communicator
-from ..grid.grid import ALONE, Place, share
+from ..grid.grid import ALONE, Place
 from ..grid.tree import Tree
+from ..model import tilewise
 from ..model.activations import AttentionSaved, HeadSaved, MlpSaved, Saved
 from ..model.model import Model
-from ..model.parameters import Parameters, attention_views, mlp_views
-from ..model.tilewise import add_residual, forget, normalise, normalise_backward, squares, totals
-from ..ops.attention import (
-    attend_backward,
-    attend_forward,
-    out_backward,
-    out_backward_weight,
-    out_forward,
-    qkv_backward,
-    qkv_forward,
-)
+from ..model.parameters import Parameters, mlp_views
+from ..model.tilewise import BlockSums
 from ..ops.embedding import embed_backward, embed_forward
-from ..ops.loss import logits_backward, logits_forward, merge_triples, token_losses
+from ..ops.loss import logits_backward, logits_forward, merge_triples
 from ..ops.mlp import swiglu_backward, swiglu_forward
-from .collectives import (
-    Ahead,
-    GatherKeysValues,
-    ReduceToOwner,
-    ScatterKeysValues,
-    all_gather_gradients,
-    all_reduce,
-    finish_all,
-    in_turn,
-    own_last,
-    put_off,
-    turn,
-    when_own_is_last,
-)
+from .all_reduce import all_reduce
+from .gradients import AllReduceGradients, move_on
+from .keys_values import GatherKeysValues, ScatterKeysValues
+from .order import AHEAD, backwards_from, rounds, summed_blocks
 from .tags import Tag
 
 
@@ -61,298 +44,261 @@ def place(comm: Communicator) -> tuple[Place, Place]:
 
 
 @phase("embedding", "forward")
-def embedding_forward(comm: Communicator, model: Model, tokens: Tiles, weights: Parameters) -> Tiles:
-    """tokens: slot -> [B, s]. Returns slot -> [B, s, h]."""
-    config, grid, xp = model.config, model.grid, model.xp
-    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    for block, table in zip(grid.blocks, weights.embedding):
-        for slot in grid.slots:
-            comm.progress(block, slot)
-            output[slot].add(block, embed_forward(xp, tokens[slot], table, block * len(table)))
-    return {slot: model.memory.track("activations", output[slot].total) for slot in grid.slots}
+def embedding_forward(comm: Communicator, model: Model, tokens: Array, weights: Parameters) -> Array:
+    """tokens [p, B, s] -> x [p, B, s, h]."""
+    output = BlockSums(model)
+    for block, table in zip(model.grid.blocks, weights.embedding):
+        for stack in model.stacks:
+            comm.progress(block, *stack.place)
+            output.add(stack, block, embed_forward(model.xp, tokens[stack.tiles], table, block * len(table)))
+    return tilewise.joined(model, output.finish())
 
 
 @phase("embedding", "backward")
 def embedding_backward(
-    comm: Communicator, model: Model, dx: Tiles, tokens: Tiles, weights: Parameters, gradients: Parameters
-) -> None:
-    """Writes the embedding's gradient; where the head is tied to it, adds to what the head has written."""
-    config, grid, xp = model.config, model.grid, model.xp
-    summed_by = [share(len(grid.blocks), rank, comm.size) for rank in range(comm.size)]
-    expected = when_own_is_last(summed_by, comm.rank)
-    home = ReduceToOwner(comm, model, weights.embedding.shape[1:], Tag.EMBEDDING_GRADIENTS, expected)
-    for owner, position in in_turn(summed_by, comm.rank, own_last(comm.size)):
-        dtable = Tree[Array](range(config.tiles))
-        for slot in grid.slots:
-            comm.progress(grid.blocks[position], slot)
-            leaf = model.empty("working", *weights.embedding.shape[1:])
-            embed_backward(xp, dx[slot], tokens[slot], grid.blocks[position] * len(leaf), out=leaf)
-            dtable.add(slot, leaf)
-        home.receive(turn(summed_by, comm.rank, owner, position))
-        home.send(owner, position, dtable)
-    put_off(model, partial(all_gather_gradients, home, gradients.embedding, config.tied_head))
+    comm: Communicator, model: Model, dx: Array, tokens: Array, weights: Parameters, gradients: Parameters
+) -> AllReduceGradients:
+    """The embedding's gradient in flight; where the head is tied to it, it is added to what the head has written."""
+    owned = summed_blocks(model.grid)
+    summed = AllReduceGradients(comm, model, gradients.embedding, owned, Tag.EMBEDDING_GRADIENTS,
+                                tied=model.config.tied_head)
+    for owner, block in rounds(owned, backwards_from(comm.rank, comm.size)):
+        dtable = Tree[Array](range(model.config.tiles))
+        for stack in model.stacks:
+            comm.progress(block, *stack.place)
+            leaves = model.empty("working", len(stack.slots), *weights.embedding.shape[1:])
+            embed_backward(model.xp, dx[stack.tiles], tokens[stack.tiles], block * leaves.shape[1], out=leaves)
+            dtable.add_stack(stack.slots, leaves)
+        summed.receive(owner, block)
+        summed.send(owner, block, dtable)
+    summed.receive_rest()
+    return summed
 
 
 @phase("attention", "forward")
 def attention_forward(
-    comm: Communicator, model: Model, x: Tiles, weights: Parameters, layer: int
-) -> tuple[Tiles, AttentionSaved]:
-    """x plus the attention of the normalised x: slot -> [B, s, h].
+    comm: Communicator, model: Model, x: Array, weights: Parameters, layer: int
+) -> tuple[Array, AttentionSaved]:
+    """x plus the attention of the normed x [p, B, s, h].
 
-    Kept keys and values: block -> [tiles, 2, B, K/G, s, e], this rank's tokens only. Those of one block are exchanged
-    while the block before it is attended with.
+    Two stages, AHEAD blocks apart: a block of heads is projected, and its keys and values are posted to the other tokens'
+    ranks; it is attended with when the next two are projected.
     """
-    config, grid, xp, track = model.config, model.grid, model.xp, model.memory.track
-    normed = normalise(model, x, weights.gains[2 * layer])
-    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    saved = AttentionSaved(x)
-
-    def projected() -> Iterator[tuple[int, Array, GatherKeysValues]]:
-        for block, packed in zip(grid.blocks, weights.attention[layer]):
-            wqkv, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-            own = model.empty("activations", len(grid.slots), 2, config.batch_size,
-                              config.kv_heads_per_block, config.tile_len, config.head_dim)
-            saved.keys_values[block] = own
-            for tile, slot in enumerate(grid.slots):
-                comm.progress(block, slot)
-                q, own[tile, 0], own[tile, 1] = qkv_forward(
-                    xp, normed[slot], wqkv, model.rotary[slot], config.group_size)
-                saved.q[block, slot] = track("activations", q)
-                saved.tile_keys_values[block, slot] = own[tile]
-            yield block, wo, GatherKeysValues(comm, model, own, Tag.KEYS_VALUES)
-
-    for block, wo, exchange in Ahead(projected()):
-        keys_values = exchange.finish()  # -> [2, B, K/G, S, e]
-        for slot in grid.slots:
-            comm.progress(block, slot)
-            k, v = keys_values[:, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
-            heads, logsumexp = attend_forward(xp, saved.q[block, slot], k, v, model.mask)
-            output[slot].add(block, out_forward(xp, heads, wo, config.tile_len))
-            saved.heads[block, slot] = track("activations", heads)
-            saved.logsumexp[block, slot] = track("activations", logsumexp)
-        del keys_values, k, v  # before the next block's are put together
-    return add_residual(model, x, totals(output)), saved
+    normed = tilewise.normalise(model, x, weights.gains[2 * layer])
+    output, saved = BlockSums(model), AttentionSaved(x)
+    blocks = dict(zip(model.grid.blocks, weights.attention[layer]))
+    gather = GatherKeysValues(comm, model, saved.keys_values, list(blocks))
+    for step in range(len(blocks) + AHEAD):
+        if step < len(blocks):
+            block = model.grid.blocks[step]
+            tilewise.keep_block(model, saved, block)
+            for stack in model.stacks:
+                comm.progress(block, *stack.place)
+                tilewise.project(model, normed, blocks[block], saved, block, stack)
+            gather.post(step + 1)  # Isend this block's keys and values to all, Irecv theirs
+        if step >= AHEAD:
+            block = model.grid.blocks[step - AHEAD]
+            whole = gather.wait()  # -> [2, B, K/G, S, e]
+            for stack in model.stacks:
+                comm.progress(block, *stack.place)
+                output.add(stack, block, tilewise.attend(model, whole, blocks[block], saved, block, stack))
+            del whole  # before the next block's are put together
+    return tilewise.add_residual(model, x, output.finish()), saved
 
 
 @phase("attention", "backward")
 def attention_backward(
-    comm: Communicator, model: Model, dy: Tiles, saved: AttentionSaved, weights: Parameters, layer: int,
-    gradients: Parameters, dgain: Tiles
-) -> Tiles:
-    """dy: slot -> [B, s, h]. Returns dx; writes the layer's attention gradients and the tiles' gain gradients.
+    comm: Communicator, model: Model, dy: Array, saved: AttentionSaved, weights: Parameters, layer: int,
+    gradients: Parameters, dgain: Array
+) -> tuple[Array, AllReduceGradients]:
+    """dy [p, B, s, h] -> dx, and the layer's attention gradients in flight; writes the tiles' gain gradients.
 
-    Keys and values travel again, those of the next block while this one is attended with. Their gradients go home to
-    the tokens' rank under the next block's attention; only then can those of the block's weights be formed.
+    Keys and values travel again. Two stages, AHEAD blocks apart: with a block's keys and values the gradients that this
+    rank's queries give them are formed, and posted to the tokens' ranks; those of the block's weights are formed when
+    they are back from all ranks, and posted to the rank that sums them.
     """
-    config, grid, xp = model.config, model.grid, model.xp
-    gain = weights.gains[2 * layer]
-    normed = normalise(model, saved.x, gain)
-    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    summed_by = [share(len(grid.blocks), rank, comm.size) for rank in range(comm.size)]
-    expected = [((position, 0), peer, position) for position in summed_by[comm.rank] for peer in comm.others]
-    home = ReduceToOwner(comm, model, weights.attention[layer].shape[1:], Tag.ATTENTION_GRADIENTS, expected)
-    order = list(in_turn(summed_by, 0, range(0, -comm.size, -1)))  # the same on all ranks
-
-    def gathered() -> Iterator[GatherKeysValues]:
-        for _, position in order:
-            yield GatherKeysValues(comm, model, saved.keys_values[grid.blocks[position]], Tag.KEYS_VALUES)
-
-    def attended() -> Iterator[tuple[int, int, Tiles, dict[int, Tree[Array]], ScatterKeysValues]]:
-        for exchange, (owner, position) in zip(Ahead(gathered()), order, strict=True):
-            block = grid.blocks[position]
-            _, wo = attention_views(config, weights.attention[layer][position])  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-            keys_values = exchange.finish()  # -> [2, B, K/G, S, e]
-            dq: Tiles = {}
-            dkv = {slot: Tree[Array](grid.readers(slot)) for slot in range(config.tiles)}
-            for slot in grid.slots:
-                comm.progress(block, slot)
-                k, v = keys_values[:, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
-                heads = saved.heads[block, slot]
-                dheads = out_backward(xp, dy[slot], heads, wo, config.tile_len)  # -> [B, K/G, g*s, e]
-                dq[slot], dkeys = attend_backward(
-                    xp, dheads, saved.q[block, slot], k, v, model.mask, heads, saved.logsumexp[block, slot])
-                for seen, tree in dkv.items():
-                    if slot in tree.leaves:
-                        tree.add(slot, dkeys[:, :, :, grid.tokens(seen)])
-            del keys_values, k, v, dkeys  # before the next block's are put together
-            yield owner, position, dq, dkv, ScatterKeysValues(comm, model, dkv, Tag.KEYS_VALUES_GRADIENTS)
-
-    for owner, position, dq, dkv, exchange in Ahead(attended()):
-        exchange.finish()
-        block, packed = grid.blocks[position], weights.attention[layer][position]
-        wqkv, _ = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-        dweights = Tree[Array](range(config.tiles))
-        for slot in grid.slots:
-            comm.progress(block, slot)
-            leaf = model.empty("working", packed.size)
-            dwqkv, dwo = attention_views(config, leaf)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-            dk, dv = dkv[slot].total  # -> [B, K/G, s, e], [B, K/G, s, e]
-            dnormed[slot].add(block, qkv_backward(
-                xp, dq[slot], dk, dv, normed[slot], wqkv, model.rotary[slot], out=dwqkv))
-            out_backward_weight(xp, dy[slot], saved.heads[block, slot], out=dwo)
-            dweights.add(slot, leaf)
-        if owner == comm.rank:
-            home.receive((position, 0))
-        home.send(owner, position, dweights)
-    put_off(model, partial(all_gather_gradients, home, gradients.attention[layer]))
-    dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer)
-    return {slot: dy[slot] + dx[slot] for slot in grid.slots}
+    gain, normed = weights.gains[2 * layer], tilewise.normalise(model, saved.x, weights.gains[2 * layer])
+    dnormed, owned = BlockSums(model), summed_blocks(model.grid)
+    order, blocks = rounds(owned, range(comm.size)), dict(zip(model.grid.blocks, weights.attention[layer]))
+    gather = GatherKeysValues(comm, model, saved.keys_values, [block for _, block in order])
+    summed = AllReduceGradients(comm, model, gradients.attention[layer], owned, Tag.ATTENTION_GRADIENTS, together=True)
+    attended: deque[tuple[Array, ScatterKeysValues]] = deque()
+    gather.start()
+    for step in range(len(order) + AHEAD):
+        if step < len(order):
+            _, block = order[step]
+            whole = gather.wait()  # -> [2, B, K/G, S, e]
+            gather.post(step + 1 + AHEAD)
+            dq, given = model.empty("working", *saved.q[block].shape), tilewise.keys_values_tree(model)
+            for stack in model.stacks:
+                comm.progress(block, *stack.place)
+                dq[stack.tiles] = tilewise.attended_backward(
+                    model, dy, whole, blocks[block], saved, block, stack, given)
+            del whole  # before the next block's are put together
+            attended.append((dq, ScatterKeysValues(comm, model, given, block)))
+            del given
+        if step >= AHEAD:
+            owner, block = order[step - AHEAD]
+            dq, scatter = attended.popleft()
+            dkeys_values, dweights = scatter.wait(), Tree[Array](range(model.config.tiles))
+            for stack in model.stacks:
+                comm.progress(block, *stack.place)
+                dnormed.add(stack, block, tilewise.project_backward(
+                    model, dy, dq, dkeys_values, normed, blocks[block], saved, block, stack, dweights))
+            summed.receive(owner, block)
+            summed.send(owner, block, dweights)
+    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer])
+    dx += dy
+    return dx, summed
 
 
 @phase("mlp", "forward")
 def mlp_forward(
-    comm: Communicator, model: Model, x: Tiles, weights: Parameters, layer: int
-) -> tuple[Tiles, MlpSaved]:
-    """x plus the gated feed-forward part of the normalised x: slot -> [B, s, h]."""
-    config, grid, xp = model.config, model.grid, model.xp
-    normed = normalise(model, x, weights.gains[2 * layer + 1])
-    output = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    saved = MlpSaved(x)
-    for block, packed in zip(grid.blocks, weights.mlp[layer]):
-        gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
-        for slot in grid.slots:
-            comm.progress(block, slot)
-            y, projected = swiglu_forward(xp, normed[slot], gate_up, down)  # -> [B, s, h], [B*s, 2*f/G]
-            output[slot].add(block, y)
-            saved.projected[block, slot] = model.memory.track("activations", projected)
-    return add_residual(model, x, totals(output)), saved
+    comm: Communicator, model: Model, x: Array, weights: Parameters, layer: int
+) -> tuple[Array, MlpSaved]:
+    """x plus the gated feed-forward of the normed x [p, B, s, h]."""
+    normed = tilewise.normalise(model, x, weights.gains[2 * layer + 1])
+    output, saved = BlockSums(model), MlpSaved(x)
+    for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
+        gate_up, down = mlp_views(model.config, packed)  # -> [h, 2*f/G], [f/G, h]
+        projected = saved.projected[block] = tilewise.keep_projected(model, gate_up)  # [p, B*s, 2*f/G]
+        for stack in model.stacks:
+            comm.progress(block, *stack.place)
+            tiles = stack.tiles
+            output.add(stack, block, swiglu_forward(model.xp, normed[tiles], gate_up, down, out=projected[tiles]))
+    return tilewise.add_residual(model, x, output.finish()), saved
 
 
 @phase("mlp", "backward")
 def mlp_backward(
-    comm: Communicator, model: Model, dy: Tiles, saved: MlpSaved, weights: Parameters, layer: int,
-    gradients: Parameters, dgain: Tiles
-) -> Tiles:
-    """dy: slot -> [B, s, h]. Returns dx; writes the layer's MLP gradients and the tiles' gain gradients."""
-    config, grid, xp = model.config, model.grid, model.xp
-    gain = weights.gains[2 * layer + 1]
-    normed = normalise(model, saved.x, gain)
-    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    summed_by = [share(len(grid.blocks), rank, comm.size) for rank in range(comm.size)]
-    expected = when_own_is_last(summed_by, comm.rank)
-    home = ReduceToOwner(comm, model, weights.mlp[layer].shape[1:], Tag.MLP_GRADIENTS, expected)
-    for owner, position in in_turn(summed_by, comm.rank, own_last(comm.size)):
-        block, packed = grid.blocks[position], weights.mlp[layer][position]
-        gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
-        dweights = Tree[Array](range(config.tiles))
-        for slot in grid.slots:
-            comm.progress(block, slot)
-            leaf = model.empty("working", packed.size)
-            projected = saved.projected[block, slot]
-            dnormed[slot].add(block, swiglu_backward(
-                xp, dy[slot], normed[slot], gate_up, down, projected, out=mlp_views(config, leaf)))
-            dweights.add(slot, leaf)
-        home.receive(turn(summed_by, comm.rank, owner, position))
-        home.send(owner, position, dweights)
-    put_off(model, partial(all_gather_gradients, home, gradients.mlp[layer]))
-    dx = normalise_backward(model, totals(dnormed), saved.x, gain, dgain, 2 * layer + 1)
-    return {slot: dy[slot] + dx[slot] for slot in grid.slots}
+    comm: Communicator, model: Model, dy: Array, saved: MlpSaved, weights: Parameters, layer: int,
+    gradients: Parameters, dgain: Array
+) -> tuple[Array, AllReduceGradients]:
+    """dy [p, B, s, h] -> dx, and the layer's MLP gradients in flight; writes the tiles' gain gradients."""
+    gain, normed = weights.gains[2 * layer + 1], tilewise.normalise(model, saved.x, weights.gains[2 * layer + 1])
+    dnormed, owned = BlockSums(model), summed_blocks(model.grid)
+    blocks = dict(zip(model.grid.blocks, weights.mlp[layer]))
+    summed = AllReduceGradients(comm, model, gradients.mlp[layer], owned, Tag.MLP_GRADIENTS)
+    for owner, block in rounds(owned, backwards_from(comm.rank, comm.size)):
+        gate_up, down = mlp_views(model.config, blocks[block])  # -> [h, 2*f/G], [f/G, h]
+        projected, dweights = saved.projected[block], Tree[Array](range(model.config.tiles))
+        for stack in model.stacks:
+            comm.progress(block, *stack.place)
+            tiles = stack.tiles
+            leaves = model.empty("working", len(stack.slots), blocks[block].size)
+            dnormed.add(stack, block, swiglu_backward(
+                model.xp, dy[tiles], normed[tiles], gate_up, down, projected[tiles],
+                out=mlp_views(model.config, leaves)))
+            dweights.add_stack(stack.slots, leaves)
+        summed.receive(owner, block)  # Irecv what another rank computed of a block that this rank sums
+        summed.send(owner, block, dweights)  # Isend what this rank computed of another's
+    summed.receive_rest()
+    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer + 1])
+    dx += dy
+    return dx, summed
 
 
 @phase("head", "forward")
 def head_forward(
-    comm: Communicator, model: Model, x: Tiles, targets: Tiles, weights: Parameters
+    comm: Communicator, model: Model, x: Array, targets: Array, weights: Parameters
 ) -> tuple[float, HeadSaved]:
     """The mean cross-entropy over all tokens, in nats. The logits exist for one block of the vocabulary at a time."""
-    config, grid, xp = model.config, model.grid, model.xp
-    normed = normalise(model, x, weights.gains[-1])
-    triples = {slot: Tree[Array](range(config.blocks), partial(merge_triples, xp)) for slot in grid.slots}
-    for block, table in zip(grid.blocks, weights.head_table):
-        for slot in grid.slots:
-            comm.progress(block, slot)
-            triples[slot].add(block, logits_forward(xp, normed[slot], table, targets[slot], block * len(table)))
-    saved = HeadSaved(x)
-    sums: Tiles = {}
-    for slot in grid.slots:
-        losses, logsumexp = token_losses(xp, triples[slot].total)  # -> [B*s], [B*s]
-        saved.logsumexp[slot] = model.memory.track("activations", logsumexp)
-        sums[slot] = xp.sum(losses, keepdims=True)  # [B*s] -> [1]
-    return mean_loss(comm, model, sums), saved
+    normed = tilewise.normalise(model, x, weights.gains[-1])
+    triples = BlockSums(model, partial(merge_triples, model.xp))
+    for block, table in zip(model.grid.blocks, weights.head_table):
+        for stack in model.stacks:
+            comm.progress(block, *stack.place)
+            triples.add(stack, block, logits_forward(
+                model.xp, normed[stack.tiles], table, targets[stack.tiles], block * len(table)))
+    losses, saved = tilewise.losses_of(model, triples.finish(), x)
+    return mean_loss(comm, model, losses), saved
 
 
 @phase("head", "backward")
 def head_backward(
-    comm: Communicator, model: Model, saved: HeadSaved, targets: Tiles, weights: Parameters, gradients: Parameters,
-    dgain: Tiles
-) -> Tiles:
-    """Returns dx: slot -> [B, s, h]; writes the head's gradient and the tiles' gain gradients."""
-    config, grid, xp = model.config, model.grid, model.xp
-    scale = 1.0 / (config.batch_size * config.seq_len)
-    normed = normalise(model, saved.x, weights.gains[-1])
-    dnormed = {slot: Tree[Array](range(config.blocks)) for slot in grid.slots}
-    summed_by = [share(len(grid.blocks), rank, comm.size) for rank in range(comm.size)]
-    expected = when_own_is_last(summed_by, comm.rank)
-    home = ReduceToOwner(comm, model, weights.head_table.shape[1:], Tag.HEAD_GRADIENTS, expected)
-    for owner, position in in_turn(summed_by, comm.rank, own_last(comm.size)):
-        block, table = grid.blocks[position], weights.head_table[position]
-        dtable = Tree[Array](range(config.tiles))
-        for slot in grid.slots:
-            comm.progress(block, slot)
-            leaf = model.empty("working", *table.shape)
-            dnormed[slot].add(block, logits_backward(
-                xp, scale, normed[slot], table, targets[slot], block * len(table), saved.logsumexp[slot], out=leaf))
-            dtable.add(slot, leaf)
-        home.receive(turn(summed_by, comm.rank, owner, position))
-        home.send(owner, position, dtable)
-    put_off(model, partial(all_gather_gradients, home, gradients.head_table))
-    return normalise_backward(model, totals(dnormed), saved.x, weights.gains[-1], dgain, -1)
+    comm: Communicator, model: Model, saved: HeadSaved, targets: Array, weights: Parameters, gradients: Parameters,
+    dgain: Array
+) -> tuple[Array, AllReduceGradients]:
+    """Returns dx [p, B, s, h], and the head's gradient in flight; writes the tiles' gain gradients."""
+    normed = tilewise.normalise(model, saved.x, weights.gains[-1])
+    dnormed, owned = BlockSums(model), summed_blocks(model.grid)
+    tables = dict(zip(model.grid.blocks, weights.head_table))
+    summed = AllReduceGradients(comm, model, gradients.head_table, owned, Tag.HEAD_GRADIENTS)
+    for owner, block in rounds(owned, backwards_from(comm.rank, comm.size)):
+        table, dtable = tables[block], Tree[Array](range(model.config.tiles))
+        for stack in model.stacks:
+            comm.progress(block, *stack.place)
+            tiles = stack.tiles
+            leaves = model.empty("working", len(stack.slots), *table.shape)
+            dnormed.add(stack, block, logits_backward(
+                model.xp, 1.0 / model.config.num_tokens, normed[tiles], table, targets[tiles], block * len(table),
+                saved.logsumexp[tiles], out=leaves))
+            dtable.add_stack(stack.slots, leaves)
+        summed.receive(owner, block)
+        summed.send(owner, block, dtable)
+    summed.receive_rest()
+    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, weights.gains[-1], dgain[:, -1])
+    return dx, summed
 
 
 @phase("loss", "forward")
-def mean_loss(comm: Communicator, model: Model, sums: Tiles) -> float:
-    """The mean over all tokens, on every rank, of slot -> [1], the sum of a tile's losses."""
-    total = all_reduce(comm, model.grid.slots_of, sums, Tag.LOSS)
-    return model.number(total) / (model.config.batch_size * model.config.seq_len)
+def mean_loss(comm: Communicator, model: Model, losses: Array) -> float:
+    """The mean over all tokens, on every rank, of [p, 1], the sum of each tile's losses."""
+    total = all_reduce(comm, model.grid.slots_of, losses, Tag.LOSS)
+    return model.number(total) / model.config.num_tokens
 
 
 @phase("gains", "backward")
-def gains_backward(comm: Communicator, model: Model, dgain: Tiles, gradients: Parameters) -> None:
-    """Writes the gradient of all gains, which every rank holds: the sum over tiles of slot -> [2L+1, h]."""
+def gains_backward(comm: Communicator, model: Model, dgain: Array, gradients: Parameters) -> None:
+    """Writes the gradient of all gains, which every rank holds: the sum over tiles of [p, 2L+1, h]."""
     gradients.gains[...] = all_reduce(comm, model.grid.slots_of, dgain, Tag.GAIN_GRADIENTS)
 
 
+@phase("model", "forward")
 def model_forward(
-    comm: Communicator, model: Model, weights: Parameters, tokens: Tiles, targets: Tiles
+    comm: Communicator, model: Model, weights: Parameters, tokens: Array, targets: Array
 ) -> tuple[float, Saved]:
-    """The loss of a batch, and what the backward needs. tokens and targets: slot -> [B, s] of whole numbers."""
-    saved = Saved(tokens, targets)
+    """The loss of a batch, and what the backward needs. tokens and targets [p, B, s], of whole numbers."""
+    attention, mlp = [], []
     x = embedding_forward(comm, model, tokens, weights)
     for layer in range(model.config.num_layers):
-        x, attention = attention_forward(comm, model, x, weights, layer)
-        x, mlp = mlp_forward(comm, model, x, weights, layer)
-        saved.attention.append(attention)
-        saved.mlp.append(mlp)
-        forget(model, saved)
-    loss, saved.head = head_forward(comm, model, x, targets, weights)
-    finish_all(comm, model)
-    return loss, saved
+        x, saved = attention_forward(comm, model, x, weights, layer)
+        attention.append(saved)
+        x, kept = mlp_forward(comm, model, x, weights, layer)
+        mlp.append(kept)
+        tilewise.forget(model, saved, kept)
+    loss, head = head_forward(comm, model, x, targets, weights)
+    return loss, Saved(tokens, targets, attention, mlp, head)
 
 
 @phase("model", "backward")
 def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Parameters, gradients: Parameters) -> None:
     """Writes the gradient of the loss into `gradients`; uses up what was saved, layer by layer."""
-    config = model.config
-    dgain = {slot: model.empty("working", *weights.gains.shape) for slot in model.grid.slots}
-    dx = head_backward(comm, model, saved.head, saved.targets, weights, gradients, dgain)
-    for layer in reversed(range(config.num_layers)):
+    dgain = model.empty("working", len(model.grid.slots), *weights.gains.shape)
+    dx, summed = head_backward(comm, model, saved.head, saved.targets, weights, gradients, dgain)
+    in_flight = [summed]
+    for layer in reversed(range(model.config.num_layers)):
         if model.recompute == "full":
             x, saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)
             saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer)[1]
             del x  # which the MLP's backward is the last to need
-        dx = mlp_backward(comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
+        dx, summed = mlp_backward(comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
+        in_flight = move_on(in_flight, summed)
         if model.recompute == "attention":
             saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)[1]
-        dx = attention_backward(comm, model, dx, saved.attention.pop(), weights, layer, gradients, dgain)
-    embedding_backward(comm, model, dx, saved.tokens, weights, gradients)
+        dx, summed = attention_backward(comm, model, dx, saved.attention.pop(), weights, layer, gradients, dgain)
+        in_flight = move_on(in_flight, summed)
+    summed = embedding_backward(comm, model, dx, saved.tokens, weights, gradients)
+    in_flight = move_on(in_flight, summed)
     gains_backward(comm, model, dgain, gradients)
-    finish_all(comm, model)
+    while in_flight:
+        in_flight = move_on(in_flight)
 
 
 @phase("optimizer", "backward")
 def gradient_norm(comm: Communicator, model: Model, gradients: Parameters) -> float:
-    """The Euclidean norm of all gradients: squares summed over blocks by the tree, then over the tensors."""
-    xp = model.xp
-    tree = Tree[Array](range(model.config.blocks))
-    for position, block in enumerate(model.grid.blocks):
-        tree.add(block, squares(model, gradients, position))
-    return model.number(xp.sqrt(xp.sum(tree.total) + xp.sum(gradients.gains * gradients.gains)))
+    """The Euclidean norm of all gradients: squares summed over blocks by the tree, on every rank alike."""
+    total = Tree[Array](range(model.config.blocks))
+    for place, block in enumerate(model.grid.blocks):
+        total.add(block, tilewise.squares(model, gradients, place))
+    return tilewise.norm_of(model, total.total, gradients)

@@ -4,33 +4,45 @@ A forward's messages and a backward's share a tag: between two ranks messages of
 they were sent, and all ranks go through a step in the same order. Which of the two a message is, the ledger knows.
 """
 
+from __future__ import annotations
+
 from enum import IntEnum
 
 
 class Tag(IntEnum):
-    """The purpose of a message; the ledger counts by it."""
+    """The purpose of a message, and the sub-layer that it belongs to; the ledger counts by both. A message may be posted
+    in another sub-layer: prefetched in the one before, or deferred to the one after."""
 
-    EMBEDDING_WEIGHTS = 1
-    ATTENTION_WEIGHTS = 2
-    MLP_WEIGHTS = 3
-    HEAD_WEIGHTS = 4
+    sublayer: str
 
-    # Sums over blocks, of a part's output or of its input's gradient, where the blocks are on several ranks.
-    EMBEDDING_SUMS = 11
-    ATTENTION_SUMS = 12
-    MLP_SUMS = 13
-    HEAD_SUMS = 14
+    def __new__(cls, number: int, sublayer: str) -> Tag:
+        """A whole number, which is what MPI takes, that knows its sub-layer."""
+        tag = int.__new__(cls, number)
+        tag._value_ = number
+        tag.sublayer = sublayer
+        return tag
 
-    KEYS_VALUES = 21
-    KEYS_VALUES_GRADIENTS = 22
+    EMBEDDING_WEIGHTS = 1, "embedding"
+    ATTENTION_WEIGHTS = 2, "attention"
+    MLP_WEIGHTS = 3, "mlp"
+    HEAD_WEIGHTS = 4, "head"
+
+    # Sums over blocks, of a sub-layer's output or of its input's gradient, where the blocks are on several ranks.
+    EMBEDDING_SUMS = 11, "embedding"
+    ATTENTION_SUMS = 12, "attention"
+    MLP_SUMS = 13, "mlp"
+    HEAD_SUMS = 14, "head"
+
+    KEYS_VALUES = 21, "attention"
+    KEYS_VALUES_GRADIENTS = 22, "attention"
 
     # Sums over tiles, where the tiles are on several ranks.
-    EMBEDDING_GRADIENTS = 31
-    ATTENTION_GRADIENTS = 32
-    MLP_GRADIENTS = 33
-    HEAD_GRADIENTS = 34
-    GAIN_GRADIENTS = 35
-    LOSS = 36
+    EMBEDDING_GRADIENTS = 31, "embedding"
+    ATTENTION_GRADIENTS = 32, "attention"
+    MLP_GRADIENTS = 33, "mlp"
+    HEAD_GRADIENTS = 34, "head"
+    GAIN_GRADIENTS = 35, "gains"
+    LOSS = 36, "loss"
 
-    GRADIENT_NORM = 41
-    COLLECT = 51
+    GRADIENT_NORM = 41, "optimizer"
+    COLLECT = 51, ""

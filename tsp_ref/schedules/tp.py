@@ -1,11 +1,9 @@
 """TP: tensor parallelism. Every rank holds 1/N of the weights and all of the tokens.
 
-Tokens are replicated, weights stay where they are: each rank applies its own blocks to every token, attention by heads
-and MLP by columns first and rows after, so that nothing travels until the end of a part. There the ranks' partial
-outputs are summed by an all-reduce, and so are, in the backward, the gradients of the part's input: two all-reduces a
-layer forward, two backward. Embedding and head are cut by vocabulary rows. All tokens being here, gradients of weights
-and gains need no message. (Source: Megatron-LM, arXiv 1909.08053; the order of every sum is ours, and so is the
-all-reduce as an exchange to the rank that sums and a gather.)
+Tokens are replicated, weights are cut: each rank applies its own blocks to all tokens, and what the ranks compute of a
+sub-layer's output, or of its input's gradient, is summed by an all-reduce, tile by tile, under the work on the next
+tiles. Gradients of weights need no message: their owner has all tokens. (Source: Megatron-LM, arXiv 1909.08053; the order
+of every sum is ours, and so is the all-reduce as an exchange to the rank that sums and a gather.)
 
 Between layers a rank holds its 1/N of weights, gradients, optimizer state and of what is computed by blocks (queries,
 keys, values, heads, gate and up), but the layers' inputs whole: they are not divided by N.
@@ -18,27 +16,18 @@ from __future__ import annotations
 from functools import partial
 
 from ..accounting.phase import phase
-from ..arrays import Array, Tiles
+from ..arrays import Array
 from ..comm.communicator import Communicator
 from ..grid.grid import ALONE, Place
 from ..grid.tree import Tree
+from ..model import tilewise
 from ..model.activations import AttentionSaved, HeadSaved, MlpSaved, Saved
 from ..model.model import Model
-from ..model.parameters import Parameters, attention_views, mlp_views
-from ..model.tilewise import add_residual, forget, normalise, normalise_backward, squares
-from ..ops.attention import (
-    attend_backward,
-    attend_forward,
-    out_backward,
-    out_backward_weight,
-    out_forward,
-    qkv_backward,
-    qkv_forward,
-)
+from ..model.parameters import Parameters, mlp_views
 from ..ops.embedding import embed_backward, embed_forward
-from ..ops.loss import logits_backward, logits_forward, merge_triples, token_losses
+from ..ops.loss import logits_backward, logits_forward, merge_triples
 from ..ops.mlp import swiglu_backward, swiglu_forward
-from .collectives import AllReduceTiles, all_reduce
+from .all_reduce import AllReduceTiles, all_reduce
 from .tags import Tag
 
 
@@ -48,237 +37,200 @@ def place(comm: Communicator) -> tuple[Place, Place]:
 
 
 @phase("embedding", "forward")
-def embedding_forward(comm: Communicator, model: Model, tokens: Tiles, weights: Parameters) -> Tiles:
-    """tokens: slot -> [B, s]. Returns slot -> [B, s, h]."""
-    grid, xp = model.grid, model.xp
-    sums = AllReduceTiles(comm, model, Tag.EMBEDDING_SUMS)
-    for slot in sums.order:
-        for block, table in zip(grid.blocks, weights.embedding):
-            comm.progress(block, slot)
-            sums.add(slot, block, embed_forward(xp, tokens[slot], table, block * len(table)))
-    return {slot: model.memory.track("activations", total) for slot, total in sums.finish().items()}
+def embedding_forward(comm: Communicator, model: Model, tokens: Array, weights: Parameters) -> Array:
+    """tokens [p, B, s] -> x [p, B, s, h]."""
+    output = AllReduceTiles(comm, model, Tag.EMBEDDING_SUMS)
+    for stack in model.stacks:
+        for block, table in zip(model.grid.blocks, weights.embedding):
+            comm.progress(block, *stack.place)
+            output.add(stack, block, embed_forward(model.xp, tokens[stack.tiles], table, block * len(table)))
+    return tilewise.joined(model, output.finish())
 
 
 @phase("embedding", "backward")
 def embedding_backward(
-    comm: Communicator, model: Model, dx: Tiles, tokens: Tiles, weights: Parameters, gradients: Parameters
+    comm: Communicator, model: Model, dx: Array, tokens: Array, weights: Parameters, gradients: Parameters
 ) -> None:
     """Writes the embedding's gradient; where the head is tied to it, adds to what the head has written."""
-    config, grid, xp = model.config, model.grid, model.xp
-    for block, out in zip(grid.blocks, gradients.embedding):
-        dtable = Tree[Array](range(config.tiles))
-        for slot in grid.slots:
-            comm.progress(block, slot)
-            leaf = model.empty("working", *weights.embedding.shape[1:])
-            embed_backward(xp, dx[slot], tokens[slot], block * len(leaf), out=leaf)
-            dtable.add(slot, leaf)
-        out[...] = out + dtable.total if config.tied_head else dtable.total
+    for block, out in zip(model.grid.blocks, gradients.embedding):
+        dtable = Tree[Array](range(model.config.tiles))
+        for stack in model.stacks:
+            comm.progress(block, *stack.place)
+            leaves = model.empty("working", len(stack.slots), *out.shape)
+            embed_backward(model.xp, dx[stack.tiles], tokens[stack.tiles], block * len(out), out=leaves)
+            dtable.add_stack(stack.slots, leaves)
+        out[...] = out + dtable.total if model.config.tied_head else dtable.total
 
 
 @phase("attention", "forward")
 def attention_forward(
-    comm: Communicator, model: Model, x: Tiles, weights: Parameters, layer: int
-) -> tuple[Tiles, AttentionSaved]:
-    """x plus the attention of the normalised x: slot -> [B, s, h].
-
-    Kept keys and values: block -> [2, B, K/G, S, e], of the whole sequence.
-    """
-    config, grid, xp, track = model.config, model.grid, model.xp, model.memory.track
-    normed = normalise(model, x, weights.gains[2 * layer])
-    sums = AllReduceTiles(comm, model, Tag.ATTENTION_SUMS)
-    saved = AttentionSaved(x)
-    for block, packed in zip(grid.blocks, weights.attention[layer]):
-        wqkv, _ = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-        keys_values = model.empty(
-            "activations", 2, config.batch_size, config.kv_heads_per_block, config.seq_len, config.head_dim)
-        saved.keys_values[block] = keys_values
-        for slot in grid.slots:
-            comm.progress(block, slot)
-            q, k, v = qkv_forward(xp, normed[slot], wqkv, model.rotary[slot], config.group_size)
-            saved.q[block, slot] = track("activations", q)
-            keys_values[0, :, :, grid.tokens(slot)] = k
-            keys_values[1, :, :, grid.tokens(slot)] = v
-            saved.tile_keys_values[block, slot] = keys_values[:, :, :, grid.tokens(slot)]
-    for slot in sums.order:
-        for block, packed in zip(grid.blocks, weights.attention[layer]):
-            comm.progress(block, slot)
-            _, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-            k, v = saved.keys_values[block][:, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
-            heads, logsumexp = attend_forward(xp, saved.q[block, slot], k, v, model.mask)
-            sums.add(slot, block, out_forward(xp, heads, wo, config.tile_len))
-            saved.heads[block, slot] = track("activations", heads)
-            saved.logsumexp[block, slot] = track("activations", logsumexp)
-    return add_residual(model, x, sums.finish()), saved
+    comm: Communicator, model: Model, x: Array, weights: Parameters, layer: int
+) -> tuple[Array, AttentionSaved]:
+    """x plus the attention of the normed x [p, B, s, h]."""
+    normed = tilewise.normalise(model, x, weights.gains[2 * layer])
+    output, saved = AllReduceTiles(comm, model, Tag.ATTENTION_SUMS), AttentionSaved(x)
+    whole: dict[int, Array] = {}
+    for block, packed in zip(model.grid.blocks, weights.attention[layer]):
+        tilewise.keep_block(model, saved, block)
+        for stack in model.stacks:
+            comm.progress(block, *stack.place)
+            tilewise.project(model, normed, packed, saved, block, stack)
+        whole[block] = tilewise.in_order_of_text(model, {0: saved.keys_values[block]})  # -> [2, B, K/G, S, e]
+    for stack in model.stacks:
+        for block, packed in zip(model.grid.blocks, weights.attention[layer]):
+            comm.progress(block, *stack.place)
+            output.add(stack, block, tilewise.attend(model, whole[block], packed, saved, block, stack))
+    return tilewise.add_residual(model, x, output.finish()), saved
 
 
 @phase("attention", "backward")
 def attention_backward(
-    comm: Communicator, model: Model, dy: Tiles, saved: AttentionSaved, weights: Parameters, layer: int,
-    gradients: Parameters, dgain: Tiles
-) -> Tiles:
-    """dy: slot -> [B, s, h]. Returns dx; writes the layer's attention gradients and the tiles' gain gradients."""
-    config, grid, xp = model.config, model.grid, model.xp
+    comm: Communicator, model: Model, dy: Array, saved: AttentionSaved, weights: Parameters, layer: int,
+    gradients: Parameters, dgain: Array
+) -> Array:
+    """dy [p, B, s, h] -> dx; writes the layer's attention gradients and the tiles' gain gradients [p, 2L+1, h]."""
     gain = weights.gains[2 * layer]
-    normed = normalise(model, saved.x, gain)
-    sums = AllReduceTiles(comm, model, Tag.ATTENTION_SUMS)
-    for block, packed, out in zip(grid.blocks, weights.attention[layer], gradients.attention[layer]):
-        wqkv, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-        dq: Tiles = {}
-        dkv = {slot: Tree[Array](grid.readers(slot)) for slot in grid.slots}
-        for slot in grid.slots:
-            comm.progress(block, slot)
-            k, v = saved.keys_values[block][:, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
-            heads = saved.heads[block, slot]
-            dheads = out_backward(xp, dy[slot], heads, wo, config.tile_len)  # -> [B, K/G, g*s, e]
-            dq[slot], dkeys = attend_backward(
-                xp, dheads, saved.q[block, slot], k, v, model.mask, heads, saved.logsumexp[block, slot])
-            for seen, tree in dkv.items():
-                if slot in tree.leaves:
-                    tree.add(slot, dkeys[:, :, :, grid.tokens(seen)])
-        dweights = Tree[Array](range(config.tiles))
-        for slot in sums.order:
-            comm.progress(block, slot)
-            leaf = model.empty("working", packed.size)
-            dwqkv, dwo = attention_views(config, leaf)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-            dk, dv = dkv[slot].total  # -> [B, K/G, s, e], [B, K/G, s, e]
-            sums.add(slot, block, qkv_backward(
-                xp, dq[slot], dk, dv, normed[slot], wqkv, model.rotary[slot], out=dwqkv))
-            out_backward_weight(xp, dy[slot], saved.heads[block, slot], out=dwo)
-            dweights.add(slot, leaf)
+    normed = tilewise.normalise(model, saved.x, gain)
+    dnormed = AllReduceTiles(comm, model, Tag.ATTENTION_SUMS)
+    for block, packed, out in zip(model.grid.blocks, weights.attention[layer], gradients.attention[layer]):
+        whole = tilewise.in_order_of_text(model, {0: saved.keys_values[block]})  # -> [2, B, K/G, S, e]
+        dq, given = model.empty("working", *saved.q[block].shape), tilewise.keys_values_tree(model)
+        for stack in model.stacks:
+            comm.progress(block, *stack.place)
+            dq[stack.tiles] = tilewise.attended_backward(model, dy, whole, packed, saved, block, stack, given)
+        dkeys_values = tilewise.in_order_of_slots(model, given.total)  # [2, B, K/G, S, e] -> [p, 2, B, K/G, s, e]
+        dweights = Tree[Array](range(model.config.tiles))
+        for stack in model.stacks:
+            comm.progress(block, *stack.place)
+            dnormed.add(stack, block, tilewise.project_backward(
+                model, dy, dq, dkeys_values, normed, packed, saved, block, stack, dweights))
         out[...] = dweights.total
-    dx = normalise_backward(model, sums.finish(), saved.x, gain, dgain, 2 * layer)
-    return {slot: dy[slot] + dx[slot] for slot in grid.slots}
+    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer])
+    dx += dy
+    return dx
 
 
 @phase("mlp", "forward")
 def mlp_forward(
-    comm: Communicator, model: Model, x: Tiles, weights: Parameters, layer: int
-) -> tuple[Tiles, MlpSaved]:
-    """x plus the gated feed-forward part of the normalised x: slot -> [B, s, h]."""
-    config, grid, xp = model.config, model.grid, model.xp
-    normed = normalise(model, x, weights.gains[2 * layer + 1])
-    sums = AllReduceTiles(comm, model, Tag.MLP_SUMS)
-    saved = MlpSaved(x)
-    for slot in sums.order:
-        for block, packed in zip(grid.blocks, weights.mlp[layer]):
-            comm.progress(block, slot)
-            gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
-            y, projected = swiglu_forward(xp, normed[slot], gate_up, down)  # -> [B, s, h], [B*s, 2*f/G]
-            sums.add(slot, block, y)
-            saved.projected[block, slot] = model.memory.track("activations", projected)
-    return add_residual(model, x, sums.finish()), saved
+    comm: Communicator, model: Model, x: Array, weights: Parameters, layer: int
+) -> tuple[Array, MlpSaved]:
+    """x plus the gated feed-forward of the normed x [p, B, s, h]."""
+    normed = tilewise.normalise(model, x, weights.gains[2 * layer + 1])
+    output, saved = AllReduceTiles(comm, model, Tag.MLP_SUMS), MlpSaved(x)
+    for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
+        saved.projected[block] = tilewise.keep_projected(model, mlp_views(model.config, packed)[0])  # [p, B*s, 2*f/G]
+    for stack in model.stacks:
+        for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
+            comm.progress(block, *stack.place)
+            gate_up, down = mlp_views(model.config, packed)  # -> [h, 2*f/G], [f/G, h]
+            output.add(stack, block, swiglu_forward(
+                model.xp, normed[stack.tiles], gate_up, down, out=saved.projected[block][stack.tiles]))
+    return tilewise.add_residual(model, x, output.finish()), saved
 
 
 @phase("mlp", "backward")
 def mlp_backward(
-    comm: Communicator, model: Model, dy: Tiles, saved: MlpSaved, weights: Parameters, layer: int,
-    gradients: Parameters, dgain: Tiles
-) -> Tiles:
-    """dy: slot -> [B, s, h]. Returns dx; writes the layer's MLP gradients and the tiles' gain gradients."""
-    config, grid, xp = model.config, model.grid, model.xp
+    comm: Communicator, model: Model, dy: Array, saved: MlpSaved, weights: Parameters, layer: int,
+    gradients: Parameters, dgain: Array
+) -> Array:
+    """dy [p, B, s, h] -> dx; writes the layer's MLP gradients and the tiles' gain gradients [p, 2L+1, h]."""
     gain = weights.gains[2 * layer + 1]
-    normed = normalise(model, saved.x, gain)
-    sums = AllReduceTiles(comm, model, Tag.MLP_SUMS)
-    for block, packed, out in zip(grid.blocks, weights.mlp[layer], gradients.mlp[layer]):
-        gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
-        dweights = Tree[Array](range(config.tiles))
-        for slot in sums.order:
-            comm.progress(block, slot)
-            leaf = model.empty("working", packed.size)
-            projected = saved.projected[block, slot]
-            sums.add(slot, block, swiglu_backward(
-                xp, dy[slot], normed[slot], gate_up, down, projected, out=mlp_views(config, leaf)))
-            dweights.add(slot, leaf)
+    normed = tilewise.normalise(model, saved.x, gain)
+    dnormed = AllReduceTiles(comm, model, Tag.MLP_SUMS)
+    for block, packed, out in zip(model.grid.blocks, weights.mlp[layer], gradients.mlp[layer]):
+        gate_up, down = mlp_views(model.config, packed)  # -> [h, 2*f/G], [f/G, h]
+        projected, dweights = saved.projected[block], Tree[Array](range(model.config.tiles))
+        for stack in model.stacks:
+            comm.progress(block, *stack.place)
+            tiles = stack.tiles
+            leaves = model.empty("working", len(stack.slots), packed.size)
+            dnormed.add(stack, block, swiglu_backward(
+                model.xp, dy[tiles], normed[tiles], gate_up, down, projected[tiles],
+                out=mlp_views(model.config, leaves)))
+            dweights.add_stack(stack.slots, leaves)
         out[...] = dweights.total
-    dx = normalise_backward(model, sums.finish(), saved.x, gain, dgain, 2 * layer + 1)
-    return {slot: dy[slot] + dx[slot] for slot in grid.slots}
+    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer + 1])
+    dx += dy
+    return dx
 
 
 @phase("head", "forward")
 def head_forward(
-    comm: Communicator, model: Model, x: Tiles, targets: Tiles, weights: Parameters
+    comm: Communicator, model: Model, x: Array, targets: Array, weights: Parameters
 ) -> tuple[float, HeadSaved]:
     """The mean cross-entropy over all tokens, in nats. The logits exist for one block of the vocabulary at a time."""
-    grid, xp = model.grid, model.xp
-    normed = normalise(model, x, weights.gains[-1])
-    exchange = AllReduceTiles(comm, model, Tag.HEAD_SUMS, partial(merge_triples, xp))
-    for slot in exchange.order:
-        for block, table in zip(grid.blocks, weights.head_table):
-            comm.progress(block, slot)
-            exchange.add(slot, block, logits_forward(xp, normed[slot], table, targets[slot], block * len(table)))
-    saved = HeadSaved(x)
-    merged = exchange.finish()
-    sums: Tiles = {}
-    for slot in grid.slots:
-        losses, logsumexp = token_losses(xp, merged[slot])  # -> [B*s], [B*s]
-        saved.logsumexp[slot] = model.memory.track("activations", logsumexp)
-        sums[slot] = xp.sum(losses, keepdims=True)  # [B*s] -> [1]
-    return mean_loss(comm, model, sums), saved
+    normed = tilewise.normalise(model, x, weights.gains[-1])
+    triples = AllReduceTiles(comm, model, Tag.HEAD_SUMS, partial(merge_triples, model.xp))
+    for stack in model.stacks:
+        for block, table in zip(model.grid.blocks, weights.head_table):
+            comm.progress(block, *stack.place)
+            triples.add(stack, block, logits_forward(
+                model.xp, normed[stack.tiles], table, targets[stack.tiles], block * len(table)))
+    losses, saved = tilewise.losses_of(model, triples.finish(), x)
+    return mean_loss(comm, model, losses), saved
 
 
 @phase("head", "backward")
 def head_backward(
-    comm: Communicator, model: Model, saved: HeadSaved, targets: Tiles, weights: Parameters, gradients: Parameters,
-    dgain: Tiles
-) -> Tiles:
-    """Returns dx: slot -> [B, s, h]; writes the head's gradient and the tiles' gain gradients."""
-    config, grid, xp = model.config, model.grid, model.xp
-    scale = 1.0 / (config.batch_size * config.seq_len)
-    normed = normalise(model, saved.x, weights.gains[-1])
-    sums = AllReduceTiles(comm, model, Tag.HEAD_SUMS)
-    for block, table, out in zip(grid.blocks, weights.head_table, gradients.head_table):
-        dtable = Tree[Array](range(config.tiles))
-        for slot in sums.order:
-            comm.progress(block, slot)
-            leaf = model.empty("working", *table.shape)
-            sums.add(slot, block, logits_backward(
-                xp, scale, normed[slot], table, targets[slot], block * len(table), saved.logsumexp[slot], out=leaf))
-            dtable.add(slot, leaf)
+    comm: Communicator, model: Model, saved: HeadSaved, targets: Array, weights: Parameters, gradients: Parameters,
+    dgain: Array
+) -> Array:
+    """Returns dx [p, B, s, h]; writes the head's gradient and the tiles' gain gradients [p, 2L+1, h]."""
+    normed = tilewise.normalise(model, saved.x, weights.gains[-1])
+    dnormed = AllReduceTiles(comm, model, Tag.HEAD_SUMS)
+    for block, table, out in zip(model.grid.blocks, weights.head_table, gradients.head_table):
+        dtable = Tree[Array](range(model.config.tiles))
+        for stack in model.stacks:
+            comm.progress(block, *stack.place)
+            tiles = stack.tiles
+            leaves = model.empty("working", len(stack.slots), *table.shape)
+            dnormed.add(stack, block, logits_backward(
+                model.xp, 1.0 / model.config.num_tokens, normed[tiles], table, targets[tiles], block * len(table),
+                saved.logsumexp[tiles], out=leaves))
+            dtable.add_stack(stack.slots, leaves)
         out[...] = dtable.total
-    return normalise_backward(model, sums.finish(), saved.x, weights.gains[-1], dgain, -1)
+    return tilewise.normalise_backward(model, dnormed.finish(), saved.x, weights.gains[-1], dgain[:, -1])
 
 
 @phase("loss", "forward")
-def mean_loss(comm: Communicator, model: Model, sums: Tiles) -> float:
-    """The mean over all tokens of slot -> [1], the sum of a tile's losses."""
-    tree = Tree[Array](range(model.config.tiles))
-    for slot in model.grid.slots:
-        tree.add(slot, sums[slot])
-    return model.number(tree.total) / (model.config.batch_size * model.config.seq_len)
+def mean_loss(comm: Communicator, model: Model, losses: Array) -> float:
+    """The mean over all tokens of [p, 1], the sum of each tile's losses."""
+    total = Tree[Array](range(model.config.tiles))
+    total.add_stack(model.grid.slots, losses)
+    return model.number(total.total) / model.config.num_tokens
 
 
 @phase("gains", "backward")
-def gains_backward(comm: Communicator, model: Model, dgain: Tiles, gradients: Parameters) -> None:
-    """Writes the gradient of all gains: the sum over tiles of slot -> [2L+1, h]."""
-    tree = Tree[Array](range(model.config.tiles))
-    for slot in model.grid.slots:
-        tree.add(slot, dgain[slot])
-    gradients.gains[...] = tree.total
+def gains_backward(comm: Communicator, model: Model, dgain: Array, gradients: Parameters) -> None:
+    """Writes the gradient of all gains: the sum over tiles of [p, 2L+1, h]."""
+    total = Tree[Array](range(model.config.tiles))
+    total.add_stack(model.grid.slots, dgain)
+    gradients.gains[...] = total.total
 
 
+@phase("model", "forward")
 def model_forward(
-    comm: Communicator, model: Model, weights: Parameters, tokens: Tiles, targets: Tiles
+    comm: Communicator, model: Model, weights: Parameters, tokens: Array, targets: Array
 ) -> tuple[float, Saved]:
-    """The loss of a batch, and what the backward needs. tokens and targets: slot -> [B, s] of whole numbers."""
-    saved = Saved(tokens, targets)
+    """The loss of a batch, and what the backward needs. tokens and targets [p, B, s], of whole numbers."""
+    attention, mlp = [], []
     x = embedding_forward(comm, model, tokens, weights)
     for layer in range(model.config.num_layers):
-        x, attention = attention_forward(comm, model, x, weights, layer)
-        x, mlp = mlp_forward(comm, model, x, weights, layer)
-        saved.attention.append(attention)
-        saved.mlp.append(mlp)
-        forget(model, saved)
-    loss, saved.head = head_forward(comm, model, x, targets, weights)
-    return loss, saved
+        x, saved = attention_forward(comm, model, x, weights, layer)
+        attention.append(saved)
+        x, kept = mlp_forward(comm, model, x, weights, layer)
+        mlp.append(kept)
+        tilewise.forget(model, saved, kept)
+    loss, head = head_forward(comm, model, x, targets, weights)
+    return loss, Saved(tokens, targets, attention, mlp, head)
 
 
 @phase("model", "backward")
 def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Parameters, gradients: Parameters) -> None:
     """Writes the gradient of the loss into `gradients`; uses up what was saved, layer by layer."""
-    config = model.config
-    dgain = {slot: model.empty("working", *weights.gains.shape) for slot in model.grid.slots}
+    dgain = model.empty("working", len(model.grid.slots), *weights.gains.shape)
     dx = head_backward(comm, model, saved.head, saved.targets, weights, gradients, dgain)
-    for layer in reversed(range(config.num_layers)):
+    for layer in reversed(range(model.config.num_layers)):
         if model.recompute == "full":
             x, saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)
             saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer)[1]
@@ -294,7 +246,6 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
 @phase("optimizer", "backward")
 def gradient_norm(comm: Communicator, model: Model, gradients: Parameters) -> float:
     """The Euclidean norm of all gradients, the same bits on every rank: squares summed over blocks by the tree."""
-    grid, xp = model.grid, model.xp
-    partials = {block: squares(model, gradients, position) for position, block in enumerate(grid.blocks)}
-    total = all_reduce(comm, grid.blocks_of, partials, Tag.GRADIENT_NORM)
-    return model.number(xp.sqrt(xp.sum(total) + xp.sum(gradients.gains * gradients.gains)))
+    partials = model.xp.stack([tilewise.squares(model, gradients, place) for place in range(len(model.grid.blocks))])
+    total = all_reduce(comm, model.grid.blocks_of, partials, Tag.GRADIENT_NORM)
+    return tilewise.norm_of(model, total, gradients)

@@ -13,45 +13,25 @@ Read beside `reference.single`: the same functions in the same order; what diffe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
 from functools import partial
 
 from ..accounting.phase import phase
-from ..arrays import Array, Tiles
+from ..arrays import Array
 from ..comm.mesh import Mesh
-from ..grid.grid import Place, share
+from ..grid.grid import Place
 from ..grid.tree import Tree
+from ..model import tilewise
 from ..model.activations import AttentionSaved, HeadSaved, MlpSaved, Saved
 from ..model.model import Model
-from ..model.parameters import Parameters, attention_views, mlp_views
-from ..model.tilewise import add_residual, forget, normalise, normalise_backward, squares
-from ..ops.attention import (
-    attend_backward,
-    attend_forward,
-    out_backward,
-    out_backward_weight,
-    out_forward,
-    qkv_backward,
-    qkv_forward,
-)
+from ..model.parameters import Parameters, mlp_views
 from ..ops.embedding import embed_backward, embed_forward
-from ..ops.loss import logits_backward, logits_forward, merge_triples, token_losses
+from ..ops.loss import logits_backward, logits_forward, merge_triples
 from ..ops.mlp import swiglu_backward, swiglu_forward
-from .collectives import (
-    Ahead,
-    AllReduceTiles,
-    GatherKeysValues,
-    ReduceToOwner,
-    ScatterKeysValues,
-    all_gather_gradients,
-    all_reduce,
-    finish_all,
-    in_turn,
-    own_last,
-    put_off,
-    turn,
-    when_own_is_last,
-)
+from .all_reduce import AllReduceTiles, all_reduce
+from .gradients import AllReduceGradients, move_on
+from .keys_values import GatherKeysValues, ScatterKeysValues
+from .order import AHEAD, backwards_from, rounds, summed_blocks
 from .tags import Tag
 
 
@@ -61,299 +41,261 @@ def place(mesh: Mesh) -> tuple[Place, Place]:
 
 
 @phase("embedding", "forward")
-def embedding_forward(mesh: Mesh, model: Model, tokens: Tiles, weights: Parameters) -> Tiles:
-    """tokens: slot -> [B, s]. Returns slot -> [B, s, h]."""
-    grid, xp = model.grid, model.xp
-    sums = AllReduceTiles(mesh.weights, model, Tag.EMBEDDING_SUMS)
-    for slot in sums.order:
-        for block, table in zip(grid.blocks, weights.embedding):
-            mesh.progress(block, slot)
-            sums.add(slot, block, embed_forward(xp, tokens[slot], table, block * len(table)))
-    return {slot: model.memory.track("activations", total) for slot, total in sums.finish().items()}
+def embedding_forward(mesh: Mesh, model: Model, tokens: Array, weights: Parameters) -> Array:
+    """tokens [p, B, s] -> x [p, B, s, h]."""
+    output = AllReduceTiles(mesh.weights, model, Tag.EMBEDDING_SUMS)
+    for stack in model.stacks:
+        for block, table in zip(model.grid.blocks, weights.embedding):
+            mesh.progress(block, *stack.place)
+            output.add(stack, block, embed_forward(model.xp, tokens[stack.tiles], table, block * len(table)))
+    return tilewise.joined(model, output.finish())
 
 
 @phase("embedding", "backward")
 def embedding_backward(
-    mesh: Mesh, model: Model, dx: Tiles, tokens: Tiles, weights: Parameters, gradients: Parameters
-) -> None:
-    """Writes the embedding's gradient; where the head is tied to it, adds to what the head has written."""
-    config, grid, xp = model.config, model.grid, model.xp
-    summed_by = [share(len(grid.blocks), rank, mesh.tokens.size) for rank in range(mesh.tokens.size)]
-    expected = when_own_is_last(summed_by, mesh.tokens.rank)
-    home = ReduceToOwner(mesh.tokens, model, weights.embedding.shape[1:], Tag.EMBEDDING_GRADIENTS, expected)
-    for owner, position in in_turn(summed_by, mesh.tokens.rank, own_last(mesh.tokens.size)):
-        dtable = Tree[Array](range(config.tiles))
-        for slot in grid.slots:
-            mesh.progress(grid.blocks[position], slot)
-            leaf = model.empty("working", *weights.embedding.shape[1:])
-            embed_backward(xp, dx[slot], tokens[slot], grid.blocks[position] * len(leaf), out=leaf)
-            dtable.add(slot, leaf)
-        home.receive(turn(summed_by, mesh.tokens.rank, owner, position))
-        home.send(owner, position, dtable)
-    put_off(model, partial(all_gather_gradients, home, gradients.embedding, config.tied_head))
+    mesh: Mesh, model: Model, dx: Array, tokens: Array, weights: Parameters, gradients: Parameters
+) -> AllReduceGradients:
+    """The embedding's gradient in flight; where the head is tied to it, it is added to what the head has written."""
+    owned = summed_blocks(model.grid)
+    summed = AllReduceGradients(mesh.tokens, model, gradients.embedding, owned, Tag.EMBEDDING_GRADIENTS,
+                                tied=model.config.tied_head)
+    for owner, block in rounds(owned, backwards_from(mesh.tokens.rank, mesh.tokens.size)):
+        dtable = Tree[Array](range(model.config.tiles))
+        for stack in model.stacks:
+            mesh.progress(block, *stack.place)
+            leaves = model.empty("working", len(stack.slots), *weights.embedding.shape[1:])
+            embed_backward(model.xp, dx[stack.tiles], tokens[stack.tiles], block * leaves.shape[1], out=leaves)
+            dtable.add_stack(stack.slots, leaves)
+        summed.receive(owner, block)
+        summed.send(owner, block, dtable)
+    summed.receive_rest()
+    return summed
 
 
 @phase("attention", "forward")
 def attention_forward(
-    mesh: Mesh, model: Model, x: Tiles, weights: Parameters, layer: int
-) -> tuple[Tiles, AttentionSaved]:
-    """x plus the attention of the normalised x: slot -> [B, s, h].
+    mesh: Mesh, model: Model, x: Array, weights: Parameters, layer: int
+) -> tuple[Array, AttentionSaved]:
+    """x plus the attention of the normed x [p, B, s, h].
 
-    Kept keys and values: block -> [tiles, 2, B, K/G, s, e], this rank's tokens only. Those of one block are exchanged
-    while the block before it is attended with.
+    Two stages, AHEAD blocks apart: a block of heads is projected, and its keys and values are posted to the other tokens'
+    ranks; it is attended with when the next two are projected.
     """
-    config, grid, xp, track = model.config, model.grid, model.xp, model.memory.track
-    normed = normalise(model, x, weights.gains[2 * layer])
-    sums = AllReduceTiles(mesh.weights, model, Tag.ATTENTION_SUMS)
-    saved = AttentionSaved(x)
-
-    def projected() -> Iterator[tuple[int, Array, GatherKeysValues]]:
-        for block, packed in zip(grid.blocks, weights.attention[layer]):
-            wqkv, wo = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-            own = model.empty("activations", len(grid.slots), 2, config.batch_size,
-                              config.kv_heads_per_block, config.tile_len, config.head_dim)
-            saved.keys_values[block] = own
-            for tile, slot in enumerate(grid.slots):
-                mesh.progress(block, slot)
-                q, own[tile, 0], own[tile, 1] = qkv_forward(
-                    xp, normed[slot], wqkv, model.rotary[slot], config.group_size)
-                saved.q[block, slot] = track("activations", q)
-                saved.tile_keys_values[block, slot] = own[tile]
-            yield block, wo, GatherKeysValues(mesh.tokens, model, own, Tag.KEYS_VALUES)
-
-    for block, wo, exchange in Ahead(projected()):
-        keys_values = exchange.finish()  # -> [2, B, K/G, S, e]
-        for slot in sums.order:
-            mesh.progress(block, slot)
-            k, v = keys_values[:, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
-            heads, logsumexp = attend_forward(xp, saved.q[block, slot], k, v, model.mask)
-            sums.add(slot, block, out_forward(xp, heads, wo, config.tile_len))
-            saved.heads[block, slot] = track("activations", heads)
-            saved.logsumexp[block, slot] = track("activations", logsumexp)
-        del keys_values, k, v  # before the next block's are put together
-    return add_residual(model, x, sums.finish()), saved
+    normed = tilewise.normalise(model, x, weights.gains[2 * layer])
+    output, saved = AllReduceTiles(mesh.weights, model, Tag.ATTENTION_SUMS), AttentionSaved(x)
+    blocks = dict(zip(model.grid.blocks, weights.attention[layer]))
+    gather = GatherKeysValues(mesh.tokens, model, saved.keys_values, list(blocks))
+    for step in range(len(blocks) + AHEAD):
+        if step < len(blocks):
+            block = model.grid.blocks[step]
+            tilewise.keep_block(model, saved, block)
+            for stack in model.stacks:
+                mesh.progress(block, *stack.place)
+                tilewise.project(model, normed, blocks[block], saved, block, stack)
+            gather.post(step + 1)  # Isend this block's keys and values to all, Irecv theirs
+        if step >= AHEAD:
+            block = model.grid.blocks[step - AHEAD]
+            whole = gather.wait()  # -> [2, B, K/G, S, e]
+            for stack in model.stacks:
+                mesh.progress(block, *stack.place)
+                output.add(stack, block, tilewise.attend(model, whole, blocks[block], saved, block, stack))
+            del whole  # before the next block's are put together
+    return tilewise.add_residual(model, x, output.finish()), saved
 
 
 @phase("attention", "backward")
 def attention_backward(
-    mesh: Mesh, model: Model, dy: Tiles, saved: AttentionSaved, weights: Parameters, layer: int,
-    gradients: Parameters, dgain: Tiles
-) -> Tiles:
-    """dy: slot -> [B, s, h]. Returns dx; writes the layer's attention gradients and the tiles' gain gradients.
+    mesh: Mesh, model: Model, dy: Array, saved: AttentionSaved, weights: Parameters, layer: int,
+    gradients: Parameters, dgain: Array
+) -> tuple[Array, AllReduceGradients]:
+    """dy [p, B, s, h] -> dx, and the layer's attention gradients in flight; writes the tiles' gain gradients.
 
-    Keys and values travel again, those of the next block while this one is attended with. Their gradients go home to
-    the tokens' rank under the next block's attention; only then can those of the block's weights be formed.
+    Keys and values travel again. Two stages, AHEAD blocks apart: with a block's keys and values the gradients that this
+    rank's queries give them are formed, and posted to the tokens' ranks; those of the block's weights are formed when
+    they are back from all ranks, and posted to the rank that sums them.
     """
-    config, grid, xp = model.config, model.grid, model.xp
-    gain = weights.gains[2 * layer]
-    normed = normalise(model, saved.x, gain)
-    sums = AllReduceTiles(mesh.weights, model, Tag.ATTENTION_SUMS)
-    summed_by = [share(len(grid.blocks), rank, mesh.tokens.size) for rank in range(mesh.tokens.size)]
-    mine = summed_by[mesh.tokens.rank]
-    expected = [((position, 0), peer, position) for position in mine for peer in mesh.tokens.others]
-    home = ReduceToOwner(mesh.tokens, model, weights.attention[layer].shape[1:], Tag.ATTENTION_GRADIENTS, expected)
-    order = list(in_turn(summed_by, 0, range(0, -mesh.tokens.size, -1)))  # the same on all ranks
-
-    def gathered() -> Iterator[GatherKeysValues]:
-        for _, position in order:
-            yield GatherKeysValues(mesh.tokens, model, saved.keys_values[grid.blocks[position]], Tag.KEYS_VALUES)
-
-    def attended() -> Iterator[tuple[int, int, Tiles, dict[int, Tree[Array]], ScatterKeysValues]]:
-        for exchange, (owner, position) in zip(Ahead(gathered()), order, strict=True):
-            block = grid.blocks[position]
-            _, wo = attention_views(config, weights.attention[layer][position])  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-            keys_values = exchange.finish()  # -> [2, B, K/G, S, e]
-            dq: Tiles = {}
-            dkv = {slot: Tree[Array](grid.readers(slot)) for slot in range(config.tiles)}
-            for slot in grid.slots:
-                mesh.progress(block, slot)
-                k, v = keys_values[:, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
-                heads = saved.heads[block, slot]
-                dheads = out_backward(xp, dy[slot], heads, wo, config.tile_len)  # -> [B, K/G, g*s, e]
-                dq[slot], dkeys = attend_backward(
-                    xp, dheads, saved.q[block, slot], k, v, model.mask, heads, saved.logsumexp[block, slot])
-                for seen, tree in dkv.items():
-                    if slot in tree.leaves:
-                        tree.add(slot, dkeys[:, :, :, grid.tokens(seen)])
-            del keys_values, k, v, dkeys  # before the next block's are put together
-            yield owner, position, dq, dkv, ScatterKeysValues(mesh.tokens, model, dkv, Tag.KEYS_VALUES_GRADIENTS)
-
-    for owner, position, dq, dkv, exchange in Ahead(attended()):
-        exchange.finish()
-        block, packed = grid.blocks[position], weights.attention[layer][position]
-        wqkv, _ = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-        dweights = Tree[Array](range(config.tiles))
-        for slot in sums.order:
-            mesh.progress(block, slot)
-            leaf = model.empty("working", packed.size)
-            dwqkv, dwo = attention_views(config, leaf)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-            dk, dv = dkv[slot].total  # -> [B, K/G, s, e], [B, K/G, s, e]
-            sums.add(slot, block, qkv_backward(
-                xp, dq[slot], dk, dv, normed[slot], wqkv, model.rotary[slot], out=dwqkv))
-            out_backward_weight(xp, dy[slot], saved.heads[block, slot], out=dwo)
-            dweights.add(slot, leaf)
-        if owner == mesh.tokens.rank:
-            home.receive((position, 0))
-        home.send(owner, position, dweights)
-    put_off(model, partial(all_gather_gradients, home, gradients.attention[layer]))
-    dx = normalise_backward(model, sums.finish(), saved.x, gain, dgain, 2 * layer)
-    return {slot: dy[slot] + dx[slot] for slot in grid.slots}
+    gain, normed = weights.gains[2 * layer], tilewise.normalise(model, saved.x, weights.gains[2 * layer])
+    dnormed, owned = AllReduceTiles(mesh.weights, model, Tag.ATTENTION_SUMS), summed_blocks(model.grid)
+    order, blocks = rounds(owned, range(mesh.tokens.size)), dict(zip(model.grid.blocks, weights.attention[layer]))
+    gather = GatherKeysValues(mesh.tokens, model, saved.keys_values, [block for _, block in order])
+    summed = AllReduceGradients(mesh.tokens, model, gradients.attention[layer], owned, Tag.ATTENTION_GRADIENTS, together=True)
+    attended: deque[tuple[Array, ScatterKeysValues]] = deque()
+    gather.start()
+    for step in range(len(order) + AHEAD):
+        if step < len(order):
+            _, block = order[step]
+            whole = gather.wait()  # -> [2, B, K/G, S, e]
+            gather.post(step + 1 + AHEAD)
+            dq, given = model.empty("working", *saved.q[block].shape), tilewise.keys_values_tree(model)
+            for stack in model.stacks:
+                mesh.progress(block, *stack.place)
+                dq[stack.tiles] = tilewise.attended_backward(
+                    model, dy, whole, blocks[block], saved, block, stack, given)
+            del whole  # before the next block's are put together
+            attended.append((dq, ScatterKeysValues(mesh.tokens, model, given, block)))
+            del given
+        if step >= AHEAD:
+            owner, block = order[step - AHEAD]
+            dq, scatter = attended.popleft()
+            dkeys_values, dweights = scatter.wait(), Tree[Array](range(model.config.tiles))
+            for stack in model.stacks:
+                mesh.progress(block, *stack.place)
+                dnormed.add(stack, block, tilewise.project_backward(
+                    model, dy, dq, dkeys_values, normed, blocks[block], saved, block, stack, dweights))
+            summed.receive(owner, block)
+            summed.send(owner, block, dweights)
+    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer])
+    dx += dy
+    return dx, summed
 
 
 @phase("mlp", "forward")
 def mlp_forward(
-    mesh: Mesh, model: Model, x: Tiles, weights: Parameters, layer: int
-) -> tuple[Tiles, MlpSaved]:
-    """x plus the gated feed-forward part of the normalised x: slot -> [B, s, h]."""
-    config, grid, xp = model.config, model.grid, model.xp
-    normed = normalise(model, x, weights.gains[2 * layer + 1])
-    sums = AllReduceTiles(mesh.weights, model, Tag.MLP_SUMS)
-    saved = MlpSaved(x)
-    for slot in sums.order:
-        for block, packed in zip(grid.blocks, weights.mlp[layer]):
-            mesh.progress(block, slot)
-            gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
-            y, projected = swiglu_forward(xp, normed[slot], gate_up, down)  # -> [B, s, h], [B*s, 2*f/G]
-            sums.add(slot, block, y)
-            saved.projected[block, slot] = model.memory.track("activations", projected)
-    return add_residual(model, x, sums.finish()), saved
+    mesh: Mesh, model: Model, x: Array, weights: Parameters, layer: int
+) -> tuple[Array, MlpSaved]:
+    """x plus the gated feed-forward of the normed x [p, B, s, h]."""
+    normed = tilewise.normalise(model, x, weights.gains[2 * layer + 1])
+    output, saved = AllReduceTiles(mesh.weights, model, Tag.MLP_SUMS), MlpSaved(x)
+    for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
+        saved.projected[block] = tilewise.keep_projected(model, mlp_views(model.config, packed)[0])  # [p, B*s, 2*f/G]
+    for stack in model.stacks:
+        for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
+            mesh.progress(block, *stack.place)
+            gate_up, down = mlp_views(model.config, packed)  # -> [h, 2*f/G], [f/G, h]
+            output.add(stack, block, swiglu_forward(
+                model.xp, normed[stack.tiles], gate_up, down, out=saved.projected[block][stack.tiles]))
+    return tilewise.add_residual(model, x, output.finish()), saved
 
 
 @phase("mlp", "backward")
 def mlp_backward(
-    mesh: Mesh, model: Model, dy: Tiles, saved: MlpSaved, weights: Parameters, layer: int,
-    gradients: Parameters, dgain: Tiles
-) -> Tiles:
-    """dy: slot -> [B, s, h]. Returns dx; writes the layer's MLP gradients and the tiles' gain gradients."""
-    config, grid, xp = model.config, model.grid, model.xp
-    gain = weights.gains[2 * layer + 1]
-    normed = normalise(model, saved.x, gain)
-    sums = AllReduceTiles(mesh.weights, model, Tag.MLP_SUMS)
-    summed_by = [share(len(grid.blocks), rank, mesh.tokens.size) for rank in range(mesh.tokens.size)]
-    expected = when_own_is_last(summed_by, mesh.tokens.rank)
-    home = ReduceToOwner(mesh.tokens, model, weights.mlp[layer].shape[1:], Tag.MLP_GRADIENTS, expected)
-    for owner, position in in_turn(summed_by, mesh.tokens.rank, own_last(mesh.tokens.size)):
-        block, packed = grid.blocks[position], weights.mlp[layer][position]
-        gate_up, down = mlp_views(config, packed)  # -> [h, 2*f/G], [f/G, h]
-        dweights = Tree[Array](range(config.tiles))
-        for slot in sums.order:
-            mesh.progress(block, slot)
-            leaf = model.empty("working", packed.size)
-            projected = saved.projected[block, slot]
-            sums.add(slot, block, swiglu_backward(
-                xp, dy[slot], normed[slot], gate_up, down, projected, out=mlp_views(config, leaf)))
-            dweights.add(slot, leaf)
-        home.receive(turn(summed_by, mesh.tokens.rank, owner, position))
-        home.send(owner, position, dweights)
-    put_off(model, partial(all_gather_gradients, home, gradients.mlp[layer]))
-    dx = normalise_backward(model, sums.finish(), saved.x, gain, dgain, 2 * layer + 1)
-    return {slot: dy[slot] + dx[slot] for slot in grid.slots}
+    mesh: Mesh, model: Model, dy: Array, saved: MlpSaved, weights: Parameters, layer: int,
+    gradients: Parameters, dgain: Array
+) -> tuple[Array, AllReduceGradients]:
+    """dy [p, B, s, h] -> dx, and the layer's MLP gradients in flight; writes the tiles' gain gradients."""
+    gain, normed = weights.gains[2 * layer + 1], tilewise.normalise(model, saved.x, weights.gains[2 * layer + 1])
+    dnormed, owned = AllReduceTiles(mesh.weights, model, Tag.MLP_SUMS), summed_blocks(model.grid)
+    blocks = dict(zip(model.grid.blocks, weights.mlp[layer]))
+    summed = AllReduceGradients(mesh.tokens, model, gradients.mlp[layer], owned, Tag.MLP_GRADIENTS)
+    for owner, block in rounds(owned, backwards_from(mesh.tokens.rank, mesh.tokens.size)):
+        gate_up, down = mlp_views(model.config, blocks[block])  # -> [h, 2*f/G], [f/G, h]
+        projected, dweights = saved.projected[block], Tree[Array](range(model.config.tiles))
+        for stack in model.stacks:
+            mesh.progress(block, *stack.place)
+            tiles = stack.tiles
+            leaves = model.empty("working", len(stack.slots), blocks[block].size)
+            dnormed.add(stack, block, swiglu_backward(
+                model.xp, dy[tiles], normed[tiles], gate_up, down, projected[tiles],
+                out=mlp_views(model.config, leaves)))
+            dweights.add_stack(stack.slots, leaves)
+        summed.receive(owner, block)  # Irecv what another rank computed of a block that this rank sums
+        summed.send(owner, block, dweights)  # Isend what this rank computed of another's
+    summed.receive_rest()
+    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer + 1])
+    dx += dy
+    return dx, summed
 
 
 @phase("head", "forward")
 def head_forward(
-    mesh: Mesh, model: Model, x: Tiles, targets: Tiles, weights: Parameters
+    mesh: Mesh, model: Model, x: Array, targets: Array, weights: Parameters
 ) -> tuple[float, HeadSaved]:
     """The mean cross-entropy over all tokens, in nats. The logits exist for one block of the vocabulary at a time."""
-    grid, xp = model.grid, model.xp
-    normed = normalise(model, x, weights.gains[-1])
-    exchange = AllReduceTiles(mesh.weights, model, Tag.HEAD_SUMS, partial(merge_triples, xp))
-    for slot in exchange.order:
-        for block, table in zip(grid.blocks, weights.head_table):
-            mesh.progress(block, slot)
-            exchange.add(slot, block, logits_forward(xp, normed[slot], table, targets[slot], block * len(table)))
-    saved = HeadSaved(x)
-    merged = exchange.finish()
-    sums: Tiles = {}
-    for slot in grid.slots:
-        losses, logsumexp = token_losses(xp, merged[slot])  # -> [B*s], [B*s]
-        saved.logsumexp[slot] = model.memory.track("activations", logsumexp)
-        sums[slot] = xp.sum(losses, keepdims=True)  # [B*s] -> [1]
-    return mean_loss(mesh, model, sums), saved
+    normed = tilewise.normalise(model, x, weights.gains[-1])
+    triples = AllReduceTiles(mesh.weights, model, Tag.HEAD_SUMS, partial(merge_triples, model.xp))
+    for stack in model.stacks:
+        for block, table in zip(model.grid.blocks, weights.head_table):
+            mesh.progress(block, *stack.place)
+            triples.add(stack, block, logits_forward(
+                model.xp, normed[stack.tiles], table, targets[stack.tiles], block * len(table)))
+    losses, saved = tilewise.losses_of(model, triples.finish(), x)
+    return mean_loss(mesh, model, losses), saved
 
 
 @phase("head", "backward")
 def head_backward(
-    mesh: Mesh, model: Model, saved: HeadSaved, targets: Tiles, weights: Parameters, gradients: Parameters,
-    dgain: Tiles
-) -> Tiles:
-    """Returns dx: slot -> [B, s, h]; writes the head's gradient and the tiles' gain gradients."""
-    config, grid, xp = model.config, model.grid, model.xp
-    scale = 1.0 / (config.batch_size * config.seq_len)
-    normed = normalise(model, saved.x, weights.gains[-1])
-    sums = AllReduceTiles(mesh.weights, model, Tag.HEAD_SUMS)
-    summed_by = [share(len(grid.blocks), rank, mesh.tokens.size) for rank in range(mesh.tokens.size)]
-    expected = when_own_is_last(summed_by, mesh.tokens.rank)
-    home = ReduceToOwner(mesh.tokens, model, weights.head_table.shape[1:], Tag.HEAD_GRADIENTS, expected)
-    for owner, position in in_turn(summed_by, mesh.tokens.rank, own_last(mesh.tokens.size)):
-        block, table = grid.blocks[position], weights.head_table[position]
-        dtable = Tree[Array](range(config.tiles))
-        for slot in sums.order:
-            mesh.progress(block, slot)
-            leaf = model.empty("working", *table.shape)
-            sums.add(slot, block, logits_backward(
-                xp, scale, normed[slot], table, targets[slot], block * len(table), saved.logsumexp[slot], out=leaf))
-            dtable.add(slot, leaf)
-        home.receive(turn(summed_by, mesh.tokens.rank, owner, position))
-        home.send(owner, position, dtable)
-    put_off(model, partial(all_gather_gradients, home, gradients.head_table))
-    return normalise_backward(model, sums.finish(), saved.x, weights.gains[-1], dgain, -1)
+    mesh: Mesh, model: Model, saved: HeadSaved, targets: Array, weights: Parameters, gradients: Parameters,
+    dgain: Array
+) -> tuple[Array, AllReduceGradients]:
+    """Returns dx [p, B, s, h], and the head's gradient in flight; writes the tiles' gain gradients."""
+    normed = tilewise.normalise(model, saved.x, weights.gains[-1])
+    dnormed, owned = AllReduceTiles(mesh.weights, model, Tag.HEAD_SUMS), summed_blocks(model.grid)
+    tables = dict(zip(model.grid.blocks, weights.head_table))
+    summed = AllReduceGradients(mesh.tokens, model, gradients.head_table, owned, Tag.HEAD_GRADIENTS)
+    for owner, block in rounds(owned, backwards_from(mesh.tokens.rank, mesh.tokens.size)):
+        table, dtable = tables[block], Tree[Array](range(model.config.tiles))
+        for stack in model.stacks:
+            mesh.progress(block, *stack.place)
+            tiles = stack.tiles
+            leaves = model.empty("working", len(stack.slots), *table.shape)
+            dnormed.add(stack, block, logits_backward(
+                model.xp, 1.0 / model.config.num_tokens, normed[tiles], table, targets[tiles], block * len(table),
+                saved.logsumexp[tiles], out=leaves))
+            dtable.add_stack(stack.slots, leaves)
+        summed.receive(owner, block)
+        summed.send(owner, block, dtable)
+    summed.receive_rest()
+    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, weights.gains[-1], dgain[:, -1])
+    return dx, summed
 
 
 @phase("loss", "forward")
-def mean_loss(mesh: Mesh, model: Model, sums: Tiles) -> float:
-    """The mean over all tokens, on every rank, of slot -> [1], the sum of a tile's losses."""
-    total = all_reduce(mesh.tokens, model.grid.slots_of, sums, Tag.LOSS)
-    return model.number(total) / (model.config.batch_size * model.config.seq_len)
+def mean_loss(mesh: Mesh, model: Model, losses: Array) -> float:
+    """The mean over all tokens, on every rank, of [p, 1], the sum of each tile's losses."""
+    total = all_reduce(mesh.tokens, model.grid.slots_of, losses, Tag.LOSS)
+    return model.number(total) / model.config.num_tokens
 
 
 @phase("gains", "backward")
-def gains_backward(mesh: Mesh, model: Model, dgain: Tiles, gradients: Parameters) -> None:
-    """Writes the gradient of all gains, which every rank holds: the sum over tiles of slot -> [2L+1, h]."""
+def gains_backward(mesh: Mesh, model: Model, dgain: Array, gradients: Parameters) -> None:
+    """Writes the gradient of all gains, which every rank holds: the sum over tiles of [p, 2L+1, h]."""
     gradients.gains[...] = all_reduce(mesh.tokens, model.grid.slots_of, dgain, Tag.GAIN_GRADIENTS)
 
 
+@phase("model", "forward")
 def model_forward(
-    mesh: Mesh, model: Model, weights: Parameters, tokens: Tiles, targets: Tiles
+    mesh: Mesh, model: Model, weights: Parameters, tokens: Array, targets: Array
 ) -> tuple[float, Saved]:
-    """The loss of a batch, and what the backward needs. tokens and targets: slot -> [B, s] of whole numbers."""
-    saved = Saved(tokens, targets)
+    """The loss of a batch, and what the backward needs. tokens and targets [p, B, s], of whole numbers."""
+    attention, mlp = [], []
     x = embedding_forward(mesh, model, tokens, weights)
     for layer in range(model.config.num_layers):
-        x, attention = attention_forward(mesh, model, x, weights, layer)
-        x, mlp = mlp_forward(mesh, model, x, weights, layer)
-        saved.attention.append(attention)
-        saved.mlp.append(mlp)
-        forget(model, saved)
-    loss, saved.head = head_forward(mesh, model, x, targets, weights)
-    finish_all(mesh.whole, model)
-    return loss, saved
+        x, saved = attention_forward(mesh, model, x, weights, layer)
+        attention.append(saved)
+        x, kept = mlp_forward(mesh, model, x, weights, layer)
+        mlp.append(kept)
+        tilewise.forget(model, saved, kept)
+    loss, head = head_forward(mesh, model, x, targets, weights)
+    return loss, Saved(tokens, targets, attention, mlp, head)
 
 
 @phase("model", "backward")
 def model_backward(mesh: Mesh, model: Model, saved: Saved, weights: Parameters, gradients: Parameters) -> None:
     """Writes the gradient of the loss into `gradients`; uses up what was saved, layer by layer."""
-    config = model.config
-    dgain = {slot: model.empty("working", *weights.gains.shape) for slot in model.grid.slots}
-    dx = head_backward(mesh, model, saved.head, saved.targets, weights, gradients, dgain)
-    for layer in reversed(range(config.num_layers)):
+    dgain = model.empty("working", len(model.grid.slots), *weights.gains.shape)
+    dx, summed = head_backward(mesh, model, saved.head, saved.targets, weights, gradients, dgain)
+    in_flight = [summed]
+    for layer in reversed(range(model.config.num_layers)):
         if model.recompute == "full":
             x, saved.attention[-1] = attention_forward(mesh, model, saved.attention[-1].x, weights, layer)
             saved.mlp[-1] = mlp_forward(mesh, model, x, weights, layer)[1]
             del x  # which the MLP's backward is the last to need
-        dx = mlp_backward(mesh, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
+        dx, summed = mlp_backward(mesh, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
+        in_flight = move_on(in_flight, summed)
         if model.recompute == "attention":
             saved.attention[-1] = attention_forward(mesh, model, saved.attention[-1].x, weights, layer)[1]
-        dx = attention_backward(mesh, model, dx, saved.attention.pop(), weights, layer, gradients, dgain)
-    embedding_backward(mesh, model, dx, saved.tokens, weights, gradients)
+        dx, summed = attention_backward(mesh, model, dx, saved.attention.pop(), weights, layer, gradients, dgain)
+        in_flight = move_on(in_flight, summed)
+    summed = embedding_backward(mesh, model, dx, saved.tokens, weights, gradients)
+    in_flight = move_on(in_flight, summed)
     gains_backward(mesh, model, dgain, gradients)
-    finish_all(mesh.whole, model)
+    while in_flight:
+        in_flight = move_on(in_flight)
 
 
 @phase("optimizer", "backward")
 def gradient_norm(mesh: Mesh, model: Model, gradients: Parameters) -> float:
     """The Euclidean norm of all gradients, the same bits on every rank: squares summed over blocks by the tree."""
-    grid, xp = model.grid, model.xp
-    partials = {block: squares(model, gradients, position) for position, block in enumerate(grid.blocks)}
-    total = all_reduce(mesh.weights, grid.blocks_of, partials, Tag.GRADIENT_NORM)
-    return model.number(xp.sqrt(xp.sum(total) + xp.sum(gradients.gains * gradients.gains)))
+    partials = model.xp.stack([tilewise.squares(model, gradients, place) for place in range(len(model.grid.blocks))])
+    total = all_reduce(mesh.weights, model.grid.blocks_of, partials, Tag.GRADIENT_NORM)
+    return tilewise.norm_of(model, total, gradients)

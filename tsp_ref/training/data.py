@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..arrays import Array, Tiles
+from ..arrays import Array
 from ..comm.communicator import Communicator
 from ..comm.control import gather_texts
 from ..errors import AgreedError, UserError
@@ -99,8 +99,8 @@ def require_same_text(comm: Communicator, text: Text) -> None:
                               "same files with --text")
 
 
-def batch(model: Model, text: Text, part: int, number: int) -> tuple[Tiles, Tiles]:
-    """This rank's tokens and targets of batch `number` of a part: slot -> [B, s] each.
+def batch(model: Model, text: Text, part: int, number: int) -> tuple[Array, Array]:
+    """This rank's tokens and targets of batch `number` of a part of the text: [p, B, s] each.
 
     Where the sequences begin is drawn from (seed, part, number), alike on every rank; each cuts out only its own slots.
     """
@@ -109,10 +109,10 @@ def batch(model: Model, text: Text, part: int, number: int) -> tuple[Tiles, Tile
     generator = np.random.default_rng([config.seed, part, number])
     starts = generator.integers(0, len(source) - config.seq_len, size=config.batch_size)
 
-    def cut(slot: int, shift: int) -> Array:
-        tokens = grid.tokens(slot)
-        rows = [source[start + tokens.start + shift : start + tokens.stop + shift] for start in starts]
-        return model.backend.from_host(np.stack(rows).astype(np.int64))
+    def cut(shift: int) -> Array:
+        spans = [grid.tokens(slot) for slot in grid.slots]
+        rows = [[source[start + span.start + shift : start + span.stop + shift] for start in starts] for span in spans]
+        return model.backend.from_host(np.array(rows, dtype=np.int64))
 
     # The target of a token is the token after it.
-    return {slot: cut(slot, 0) for slot in grid.slots}, {slot: cut(slot, 1) for slot in grid.slots}
+    return cut(0), cut(1)

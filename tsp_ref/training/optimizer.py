@@ -29,7 +29,7 @@ def clip_factor(config: Config, norm: float) -> float:
 
 
 PIECE = 32 * 1024
-"""Numbers of a block that are updated at a time: so many of all six arrays fit the second-level cache of most
+"""Numbers of a tensor that are updated at a time: so many of all six arrays fit the second-level cache of most
 processors (chosen by measurement)."""
 
 
@@ -72,13 +72,12 @@ class AdamW:
 
 
 def _pieces(parameters: Parameters) -> Iterator[tuple[Array, bool]]:
-    """All blocks of all tensors, and the gains, in pieces that fit the cache, and whether a piece is decayed."""
+    """All tensors, and the gains, in pieces that fit the cache, and whether a piece is decayed."""
     for _, tensor in parameters.tensors():
-        for block in tensor:
-            yield from ((piece, True) for piece in _cut(block))
+        yield from ((piece, True) for piece in _cut(tensor))
     yield from ((piece, False) for piece in _cut(parameters.gains))
 
 
-def _cut(block: Array) -> Iterator[Array]:
-    flat = block.reshape(-1)  # [V/G, h] -> [V/G*h], or packed as it is
+def _cut(tensor: Array) -> Iterator[Array]:
+    flat = tensor.reshape(-1)  # whatever blocks it is made of: all is elementwise
     return (flat[first : first + PIECE] for first in range(0, flat.size, PIECE))

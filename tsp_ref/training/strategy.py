@@ -8,7 +8,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from ..arrays import Namespace, Tiles
+from ..arrays import Array, Namespace
 from ..backends.host import Backend
 from ..comm.communicator import Communicator
 from ..comm.mesh import make_mesh
@@ -50,7 +50,7 @@ class Strategy:
     """The model as this rank holds it, and the three calls of a training step, with model and ranks filled in."""
 
     model: Model
-    forward: Callable[[Parameters, Tiles, Tiles], tuple[float, Saved]]
+    forward: Callable[[Parameters, Array, Array], tuple[float, Saved]]
     backward: Callable[[Saved, Parameters, Parameters], None]
     gradient_norm: Callable[[Parameters], float]
 

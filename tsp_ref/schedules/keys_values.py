@@ -1,0 +1,111 @@
+"""Keys and values, and their gradients, between the ranks of the axis of tokens: an all-gather and a reduce-scatter."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from ..arrays import Array
+from ..comm.communicator import Communicator
+from ..comm.request import Request
+from ..grid.tree import Node, Tree, cover
+from ..model.model import Model
+from ..model.tilewise import in_order_of_text
+from .order import AHEAD
+from .tags import Tag
+
+
+class GatherKeysValues:
+    """All-gather of keys and values over the sequence, block after block.
+
+    kept   block -> those of this rank's tiles [p, 2, B, K/G, s, e]; they are sent as they lie, so they must stay
+    order  the blocks, in the order in which they are posted and waited for, the same on every rank
+    """
+
+    def __init__(self, comm: Communicator, model: Model, kept: dict[int, Array], order: list[int]) -> None:
+        self.comm, self.model, self.kept, self.order = comm, model, kept, order
+        self.posted = 0
+        self.in_flight: deque[tuple[dict[int, Array], list[Request]]] = deque()
+
+    def start(self) -> None:
+        """Post the first blocks'."""
+        self.post(AHEAD)
+
+    def post(self, until: int) -> None:
+        """Of the blocks before number `until`: Irecv those of every other rank's tiles, Isend this rank's own to all."""
+        comm, grid = self.comm, self.model.grid
+        for block in self.order[self.posted : until]:
+            own = self.kept[block]
+            tiles_of = {peer: self.model.empty("buffers", len(grid.slots_of(peer)), *own.shape[1:])
+                        for peer in comm.others}
+            receives = [comm.Irecv(tiles, peer, Tag.KEYS_VALUES, block=block) for peer, tiles in tiles_of.items()]
+            sends = [comm.Isend(own, peer, Tag.KEYS_VALUES, block=block) for peer in comm.others]
+            self.in_flight.append(({**tiles_of, comm.rank: own}, receives + sends))
+        self.posted = max(self.posted, min(until, len(self.order)))
+
+    def wait(self) -> Array:
+        """The next block's, of all tiles, in the order of the text [2, B, K/G, S, e]."""
+        tiles_of, requests = self.in_flight.popleft()
+        self.comm.Waitall(requests)
+        return in_order_of_text(self.model, tiles_of)
+
+
+class ScatterKeysValues:
+    """Reduce-scatter of the gradients of one block's keys and values: what this rank's queries give to the keys of
+    others' tiles is sent to those ranks, one message to each, and what theirs give to its own is merged. Made, it is in
+    flight.
+
+    given  the sum over tiles of queries, with the leaves of this rank's: each of its pieces holds the gradients of the
+           first n keys of the sequence [2, B, K/G, n, e]. Of each key tile the pieces that reach it are sent, in the
+           order of the tree's nodes, in which the receiver, who knows this rank's slots, expects them.
+    """
+
+    def __init__(self, comm: Communicator, model: Model, given: Tree[Array], block: int) -> None:
+        self.comm, self.model, grid = comm, model, model.grid
+        self.pieces = given.pieces()
+        config = model.config
+        tile = 2, config.batch_size, config.kv_heads_per_block, config.tile_len, config.head_dim
+        self.expected: list[list[tuple[int, Node]]] = []
+        self.receives: list[Request] = []
+        self.sends: list[Request] = []
+        for peer in comm.others:
+            expected = [(slot, node) for slot in grid.slots for node in reaching(model, grid.slots_of(peer), slot)]
+            if expected:
+                buffer = model.empty("buffers", len(expected), *tile)
+                self.expected.append(expected)
+                self.receives.append(comm.Irecv(buffer, peer, Tag.KEYS_VALUES_GRADIENTS, block=block))
+        for peer in comm.others:
+            found = [piece for slot in grid.slots_of(peer) for _, piece in self._of_tile(slot)]
+            if found:
+                # A piece is a slice of one tile out of a longer gradient; a message must be contiguous.
+                message = model.empty("buffers", len(found), *tile)
+                for place, piece in enumerate(found):
+                    message[place] = piece
+                self.sends.append(comm.Isend(message, peer, Tag.KEYS_VALUES_GRADIENTS, block=block))
+
+    def _of_tile(self, slot: int) -> list[tuple[Node, Array]]:
+        """The pieces at hand that reach a slot's keys, each cut to them [2, B, K/G, s, e]."""
+        keys = self.model.grid.tokens(slot)
+        return [(node, piece[:, :, :, keys]) for node, piece in self.pieces if piece.shape[3] >= keys.stop]
+
+    def wait(self) -> Array:
+        """The gradients of this rank's own keys and values [p, 2, B, K/G, s, e], merged in the order of arrival."""
+        grid = self.model.grid
+        trees = {slot: Tree[Array](grid.readers(slot), of=grid.num_tiles) for slot in grid.slots}
+        for slot, tree in trees.items():
+            for (level, index), piece in self._of_tile(slot):
+                tree.add(index, piece, level)
+        while self.receives:
+            arrived = self.comm.Waitany(self.receives)
+            for (slot, (level, index)), piece in zip(self.expected.pop(arrived), self.receives.pop(arrived).array):
+                trees[slot].add(index, piece, level)
+        self.comm.Waitall(self.sends)
+        return self.model.xp.stack([tree.total for tree in trees.values()])  # [p, 2, B, K/G, s, e]
+
+
+def reaching(model: Model, slots: tuple[int, ...], slot: int) -> list[Node]:
+    """The nodes of the tree over all slots at which the sums of some `slots` wait, if any of their queries see the keys
+    of `slot`: what their rank sends for it, in order."""
+    nodes = cover(tuple(range(model.config.tiles)), slots)
+    seers = set(model.grid.readers(slot))
+    return [(level, index) for level, index in nodes
+            if seers.intersection(range(index << level, (index + 1) << level))]
