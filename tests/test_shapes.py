@@ -27,7 +27,8 @@ from tsp_ref.training.strategy import Plan
 
 PACKAGE = Path(ops.__file__).parent.parent
 OPS = sorted((PACKAGE / "ops").glob("*.py"))
-OTHERS = [PACKAGE / name for name in ("model/tilewise.py", "reference/single.py", "reference/naive.py", "schedules/tp.py",
+OTHERS = [PACKAGE / name for name in (
+    "model/tilewise.py", "reference/single.py", "reference/naive.py", "schedules/tp.py",
                                       "schedules/sp.py", "schedules/tp_sp.py", "schedules/tsp.py",
                                       "schedules/collectives.py")]
 COMMENT = re.compile(r"#\s*((?:->\s*)?\[.*)$")

@@ -12,6 +12,7 @@ The letters in shape comments, here and everywhere:
     t  queries of a strip of a tile
     r  queries of a tile that see a chunk of keys
     m  blocks at hand: those of one owner
+    p  tiles at hand: all of a rank's, in the order of their slots, or a stack of them; the first axis of every array
 
 The words:
 
@@ -25,6 +26,7 @@ The words:
     owner    the rank that holds a block's weights, gradients and moments, or a slot's activations: its home; where
              several hold copies, the one that sums
     shard    all blocks of one owner, of one tensor
+    stack    some of a rank's tiles that go through an operation at a time; how many is a matter of speed alone
     leaf     one tile's or one block's term of a sum; a node of the tree is the sum of some consecutive leaves
     phase    (part of the model, forward or backward): what messages, memory and work are counted by
     partial  a sum of some leaves; a piece is a partial that waits, or travels, because the node beside it is elsewhere

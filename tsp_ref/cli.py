@@ -140,6 +140,9 @@ def _layout_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recompute", default="none", metavar="|".join(RECOMPUTE),
                         help="what the backward computes anew instead of finding it kept: nothing (default), the "
                              "attention parts, everything but the layers' inputs; the same bits")
+    parser.add_argument("--stack", type=int, metavar="K",
+                        help="tiles that go through an operation at a time (chosen by their size): fewer take less "
+                             "memory and look after messages more often, more take less Python; the same bits")
 
 
 def _backend_options(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +182,7 @@ def _pictures(options: argparse.Namespace) -> PictureOptions:
 
 
 def _plan(options: argparse.Namespace) -> Plan:
-    return Plan(options.schedule, options.mesh, options.layout, options.recompute)
+    return Plan(options.schedule, options.mesh, options.layout, options.recompute, stack=options.stack)
 
 
 def _common(parser: argparse.ArgumentParser, preset: str, steps: str) -> None:
@@ -223,7 +226,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     options.steps = 2 if options.steps is None else options.steps
-    config, plan = _config(options), Plan(layout=options.layout, recompute=options.recompute)
+    config, plan = _config(options), Plan(layout=options.layout, recompute=options.recompute, stack=options.stack)
     return _start(options, lambda comm, backend: compare(comm, config, plan, options.text, options.json, backend))
 
 

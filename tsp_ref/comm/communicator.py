@@ -75,8 +75,8 @@ class Communicator(ABC):
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
     def Isend(self, array: Array, dest: int, tag: int, block: int | None = None) -> Request:
-        """Start to send `array`. It is neither copied nor to be changed before the request is complete. `block`: the one
-        that the message is about, for those who look on."""
+        """Start to send `array`. It is neither copied nor to be changed before the request is complete. `block`: the
+        one that the message is about, for those who look on."""
         return self._post(Request("send", array, self.rank, dest, tag, block=block))
 
     def Irecv(self, array: Array, source: int, tag: int, block: int | None = None) -> Request:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import TypeAlias
 
 import numpy as np
 from rich.console import Console
@@ -25,7 +24,12 @@ from ..training.data import load_text
 from ..training.loop import Training
 from ..training.strategy import Plan
 
-Key = TypeVar("Key", int, tuple[int, int])
+KEPT = {"attention": ("x", "q", "keys_values", "heads", "logsumexp"), "mlp": ("x", "projected")}
+KEPT_BY_HEAD = ("x", "logsumexp")
+"""The names under which activations are kept."""
+
+Kept: TypeAlias = "Array | dict[int, Array] | None"
+"""[p, ...] of a rank's tiles, or block -> [p, ...]; None where it is recomputed."""
 
 
 @dataclass
@@ -151,34 +155,45 @@ def compare_parameters(
 
 def compare_activations(judge: Judge, run: Training, found: Saved, wanted: Saved | None, step: str) -> None:
     """Every activation that the forward keeps, tile by tile."""
-    config = run.config
-    slots = list(range(config.tiles))
-    pairs = [(block, slot) for block in range(config.blocks) for slot in slots]
-    attention_kept = (("x", slots), ("q", pairs), ("tile_keys_values", pairs), ("heads", pairs), ("logsumexp", pairs))
-    for layer in range(config.num_layers):
-        for part, kept in (("attention", attention_kept), ("mlp", (("x", slots), ("projected", pairs)))):
-            for name, keys in kept:
-                mine = getattr(getattr(found, part)[layer], name)
-                other = getattr(getattr(wanted, part)[layer], name) if wanted else {}
-                compare_tiles(judge, f"layers.{layer}.{part}.{name}", run, keys, mine, other, step)
-    for name in ("x", "logsumexp"):
-        other = getattr(wanted.head, name) if wanted else {}
-        compare_tiles(judge, f"head.{name}", run, slots, getattr(found.head, name), other, step)
+    for layer in range(run.config.num_layers):
+        for sublayer, names in KEPT.items():
+            mine = getattr(found, sublayer)[layer]
+            other = getattr(wanted, sublayer)[layer] if wanted else None
+            for name in names:
+                compare_tiles(judge, f"layers.{layer}.{sublayer}.{name}", run, getattr(mine, name),
+                              getattr(other, name, None), step)
+    for name in KEPT_BY_HEAD:
+        compare_tiles(judge, f"head.{name}", run, getattr(found.head, name),
+                      getattr(wanted.head, name) if wanted else None, step)
 
 
-def compare_tiles(
-    judge: Judge, name: str, run: Training, keys: Sequence[Key], found: dict[Key, Array], wanted: dict[Key, Array],
-    step: str
-) -> None:
-    """An array for each slot, or for each (block, slot), streamed to rank 0 by every rank that holds it.
+def compare_tiles(judge: Judge, name: str, run: Training, found: Kept, wanted: Kept, step: str) -> None:
+    """What is kept of each tile, or of each with each block, streamed to rank 0 by every rank that holds it.
 
-    What nobody holds, because it is to be computed anew, has no verdict.
+    What nobody holds, because it is to be recomputed, has no verdict.
     """
-    to_host = run.model.backend.to_host
-    for key, ranks in zip(keys, holders(run.comm, keys, found.__contains__)):
-        shape = wanted[key].shape if wanted else ()
+    config, to_host, own = run.config, run.model.backend.to_host, run.model.grid.slots
+    blocks = range(config.blocks) if isinstance(found, dict) else [None]
+    pairs = [(block, slot) for block in blocks for slot in range(config.tiles)]
+    for (block, slot), ranks in zip(pairs, holders(run.comm, pairs, partial(holds, own, found))):
+        # A single process holds all slots, in their order.
+        other = tile_of(wanted, block, slot) if wanted is not None and ranks else None
         for holder in ranks:
-            array = stream(run.comm, run.model, holder, shape, partial(found.__getitem__, key))
-            if array is not None and wanted:
-                where = f"block {key[0]}, slot {key[1]}" if isinstance(key, tuple) else f"slot {key}"
-                judge.compare(name, f"{step}, {where}, rank {holder}", to_host(array), to_host(wanted[key]))
+            mine = partial(lambda pair: tile_of(found, pair[0], own.index(pair[1])), (block, slot))
+            array = stream(run.comm, run.model, holder, other.shape if other is not None else (), mine)
+            if array is not None and other is not None:
+                where = f"slot {slot}" if block is None else f"block {block}, slot {slot}"
+                judge.compare(name, f"{step}, {where}, rank {holder}", to_host(array), to_host(other))
+
+
+def holds(own: tuple[int, ...], kept: Kept, pair: tuple[int | None, int]) -> bool:
+    """Whether a rank with these slots keeps something of a tile with a block."""
+    block, slot = pair
+    return kept is not None and slot in own and (block is None or (isinstance(kept, dict) and block in kept))
+
+
+def tile_of(kept: Kept, block: int | None, place: int) -> Array:
+    """What is kept of the tile at a place among those that a rank holds."""
+    of_block = kept[block] if isinstance(kept, dict) else kept  # type: ignore[index]
+    tile: Array = of_block[place]  # type: ignore[index]
+    return tile

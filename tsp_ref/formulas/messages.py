@@ -97,10 +97,11 @@ class Axes:
         see: for all tiles of the text's first half, and for those of the second half if its own are later, as are those
         of lower ranks: (B·S·h/g)·(2·(N - 1) - r)/N elements, on average 3/4 of what the keys and values were.
         """
-        grid, mine = self.grid, set(self.grid.slots)
+        grid = self.grid
+        reach = [max(grid.visible(slot) for slot in range(index << level, (index + 1) << level) if slot in grid.slots)
+                 for level, index in cover(self.all_slots, grid.slots)]  # of each piece, how many keys
         pieces = [
-            sum(len(cover(grid.readers(slot), tuple(leaf for leaf in grid.readers(slot) if leaf in mine)))
-                for slot in grid.slots_of(peer))
+            sum(keys >= grid.visible(slot) for slot in grid.slots_of(peer) for keys in reach)
             for peer in range(grid.token_axis.size) if peer != grid.token_axis.rank
         ]
         return Traffic(sum(map(bool, pieces)) * blocks, sum(pieces) * blocks * size)
@@ -117,7 +118,7 @@ class Axes:
         """An array of each slot at hand, summed over the weight axis: exchange and gather."""
         rank, ranks = self.grid.weight_axis.rank, self.grid.weight_axis.size
         tiles = len(self.grid.slots)
-        summed = len(share(tiles, rank, ranks))
+        summed = len(range(rank, tiles, ranks))
         exchange = messages_of((tiles - summed) * self.block_pieces, size)
         return exchange + messages_of((ranks - 1) * summed, size) if ranks > 1 else Traffic()
 

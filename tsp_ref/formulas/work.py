@@ -13,8 +13,8 @@ def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool
     A product of a token with a matrix of E elements costs 2·E forward and 4·E backward (for the token's gradient and
     for the matrix's). Attention multiplies each query with the n keys that its tile sees, masked ones of its own tile
     included: scores and values, 2 products of 2·e·n forward; backward the scores again and four more, of which two have
-    one column more than e. (A tile of several strips of t queries is spared what the later strips' keys would cost the
-    earlier: s·(s-t)/2 pairs. The backward takes a tile's own keys d at a time and is spared s·(s-d)/2.) The embedding
+    one column more than e. (A tile of several strips of queries is spared what the later strips' keys would cost the
+    earlier. The backward takes a tile's own keys d at a time and is spared s·(s-d)/2.) The embedding
     forward is a lookup, its backward a product with a one-hot matrix; the head's backward computes the logits again.
     """
     blocks = config.blocks if folded else len(grid.blocks)
@@ -24,8 +24,8 @@ def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool
     query = config.group_size * key
     qkv, out, mlp = hidden * (query + 2 * key), query * hidden, 3 * hidden * config.ffn_size // config.blocks
     all_pairs = config.batch_size * config.tile_len * sum(map(grid.visible, grid.slots))
-    strip_len = tile.strips(config.tile_len)[0].stop
-    pairs = all_pairs - tokens * (config.tile_len - strip_len) // 2
+    spared = sum((strip.stop - strip.start) * (config.tile_len - strip.stop) for strip in tile.strips(config.tile_len))
+    pairs = all_pairs - tokens // config.tile_len * spared
     firsts = range(0, config.tile_len, tile.DIAGONAL)
     spared = sum(first * min(tile.DIAGONAL, config.tile_len - first) for first in firsts)
     backward_pairs = all_pairs - tokens // config.tile_len * spared

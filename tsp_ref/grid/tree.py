@@ -72,8 +72,8 @@ class Tree(Generic[Partial]):
         self._waiting[node] = partial
 
     def add_stack(self, leaves: Sequence[int], stack: Any) -> None:
-        """Hand in several leaves at once, ascending: stack[i] is the partial of leaves[i], and merge is addition. Siblings
-        are added pair by pair, the whole stack in one operation a level: the same sums as one by one."""
+        """Hand in several leaves at once, ascending: stack[i] is the partial of leaves[i], and merge is addition.
+        Siblings are added pair by pair, the whole stack in one operation a level: the same sums as one by one."""
         level, first = 0, leaves[0]
         if len(leaves) != leaves[-1] + 1 - first:  # with gaps: no pairs
             for leaf, partial in zip(leaves, stack):

@@ -1,5 +1,5 @@
-"""What a forward keeps for its backward. The first axis of every array is that of the tiles that the rank holds, p of them
-in the order of their slots; blocks are those that it computes with: its own, or all G where weights travel or are
+"""What a forward keeps for its backward. The first axis of every array is that of the tiles that the rank holds, p of
+them in the order of their slots; blocks are those that it computes with: its own, or all G where weights travel or are
 replicated."""
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class AttentionSaved:
 class MlpSaved:
     """One MLP sub-layer."""
 
-    x: Array  # [p, B, s, h], the attention's output
+    x: Array  # [p, B, s, h], the attention's output; none while it is to be recomputed
     projected: dict[int, Array] = field(default_factory=dict)  # block -> [p, B*s, 2f/G], gate and up
 
     def keep_nothing(self) -> None:
         """Let go of everything: all of it can be recomputed from the layer's input."""
-        self.x = None  # type: ignore[assignment]  (until it is recomputed)
+        self.x = None  # type: ignore[assignment]
         self.projected.clear()
 
 

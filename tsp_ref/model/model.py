@@ -1,4 +1,5 @@
-"""What every function of a reference or a schedule is given: the configuration, the grid, the namespace, the accounts."""
+"""What every function of a reference or a schedule is given: the configuration, the grid, the namespace, the
+accounts."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from .config import Config
 RECOMPUTE = ("none", "attention", "full")
 
 STACK_BYTES = 512 * 1024
-"""Of the largest array of a stack of tiles, at most, where the number of tiles is not given: with the others it fits the
-second-level cache of most processors (chosen by measurement)."""
+"""Of the largest array of a stack of tiles, at most, where the number of tiles is not given: with the others it fits
+the second-level cache of most processors (chosen by measurement)."""
 
 
 class Model:
@@ -78,7 +79,8 @@ class Model:
 
 def tiles_at_a_time(config: Config) -> int:
     """How many tiles to take at a time: a power of two, so that their sums fill the tree's nodes, and so few that the
-    largest array of a stack has at most STACK_BYTES. That is a tile's own, or the gradient of a block that it leaves."""
+    largest array of a stack has at most STACK_BYTES. That is a tile's own, or the gradient of a block that it
+    leaves."""
     hidden, width = config.hidden_size, 2 * config.ffn_size // config.blocks
     tile = config.batch_size * config.tile_len * max(hidden, width)
     gradient = hidden * 3 * config.ffn_size // config.blocks

@@ -39,8 +39,10 @@ class BlockSums:
         self.trees[stack.number].add(block, leaf)
 
     def finish(self) -> list[Array]:
-        """The totals, stack by stack, once all blocks are in."""
-        return [tree.total for tree in self.trees]
+        """The totals, stack by stack, once all blocks are in; they are the caller's alone."""
+        totals = [tree.total for tree in self.trees]
+        self.trees.clear()
+        return totals
 
 
 def normalise(model: Model, x: Array, gain: Array) -> Array:
@@ -52,20 +54,20 @@ def normalise(model: Model, x: Array, gain: Array) -> Array:
 
 
 def normalise_backward(model: Model, dy: list[Array], x: Array, gain: Array, dgain: Array) -> Array:
-    """dx [p, B, s, h] from dy stack by stack; each tile's gradient of the gain goes into its row of dgain [p, h]."""
+    """dx [p, B, s, h] from dy stack by stack, which is used up; each tile's gradient of the gain goes into its row of
+    dgain [p, h]."""
     dx = model.empty("working", *x.shape)
     for stack in model.stacks:
         _, dgain[stack.tiles] = rmsnorm_backward(
-            model.xp, dy[stack.number], x[stack.tiles], gain, model.config.norm_eps, out=dx[stack.tiles])
-        dy[stack.number] = None  # type: ignore[call-overload]  (used up)
+            model.xp, dy.pop(0), x[stack.tiles], gain, model.config.norm_eps, out=dx[stack.tiles])
     return dx
 
 
 def add_residual(model: Model, x: Array, y: list[Array]) -> Array:
-    """x plus a sub-layer's output, which is given stack by stack: a new array [p, B, s, h]."""
+    """x plus a sub-layer's output, which is given stack by stack and used up: a new array [p, B, s, h]."""
     total = model.empty("activations", *x.shape)
     for stack in model.stacks:
-        model.xp.add(x[stack.tiles], y[stack.number], out=total[stack.tiles])
+        model.xp.add(x[stack.tiles], y.pop(0), out=total[stack.tiles])
     return total
 
 
@@ -189,7 +191,8 @@ def squares(model: Model, gradients: Parameters, position: int) -> Array:
 
 
 def norm_of(model: Model, squares_of_tensors: Array, gradients: Parameters) -> float:
-    """The Euclidean norm of all gradients, from the sums of squares of all tensors but the gains [number of tensors]."""
+    """The Euclidean norm of all gradients, from the sums of squares of all tensors but the gains [number of
+    tensors]."""
     xp, gains = model.xp, gradients.gains
     return model.number(xp.sqrt(xp.sum(squares_of_tensors) + xp.sum(gains * gains)))
 

@@ -29,8 +29,8 @@ DIAGONAL = 64
 def qkv_forward(xp: Namespace, x: Array, wqkv: Array, rotary: Array, out: tuple[Array, Array]) -> None:
     """Project tiles to the queries, keys and values of one block of heads, turned by their positions.
 
-    x [p, B, s, h], wqkv [h, (H+2K)/G·e], rotary [p, 2, s, e]; into `out` go the queries [p, B, K/G, g·s, e] and the keys
-    and values [p, 2, B, K/G, s, e].
+    x [p, B, s, h], wqkv [h, (H+2K)/G·e], rotary [p, 2, s, e]; into `out` go the queries [p, B, K/G, g·s, e] and the
+    keys and values [p, 2, B, K/G, s, e].
     """
     q, keys_values = out
     count, batch, kv_heads, _, head_dim = q.shape
@@ -72,8 +72,8 @@ def causal_mask(xp: Namespace, length: int, dtype: str) -> Array:
 
 
 def strips(length: int) -> list[slice]:
-    """A tile's queries cut in strips of at most STRIP, the last as long as the others or a little shorter: a strip needs
-    no key after its last query, so that less of a long tile is computed only to be masked."""
+    """A tile's queries cut in strips of at most STRIP, the last as long as the others or a little shorter: a strip
+    needs no key after its last query, so that less of a long tile is computed only to be masked."""
     step = math.ceil(length / math.ceil(length / STRIP))
     return [slice(first, min(first + step, length)) for first in range(0, length, step)]
 
@@ -107,8 +107,8 @@ def attend_forward(
 def attend_tile(
     xp: Namespace, q: Array, keys: Array, values: Array, mask: Array, out: tuple[Array, Array, Array]
 ) -> None:
-    """One tile, strip by strip: q [B, K/G, g·s, e], scaled, keys and values [B, K/G, n, e], mask [s, s]. Into `out`: the
-    heads' output before its division, each row's largest score, and its sum of exp(score - largest). (`einsum` sums
+    """One tile, strip by strip: q [B, K/G, g·s, e], scaled, keys and values [B, K/G, n, e], mask [s, s]. Into `out`:
+    the heads' output before its division, each row's largest score, and its sum of exp(score - largest). (`einsum` sums
     short rows faster than `sum`.)"""
     length, (batch, kv_heads, _, head_dim) = mask.shape[0], q.shape
     before = keys.shape[2] - length
@@ -136,8 +136,8 @@ def attention_scores(q: Array, keys: Array, mask: Array) -> Array:
 
 
 def add_mask(scores: Array, mask: Array, length: int) -> None:
-    """Add the mask [w, w] in place to scores [..., g·t, n] of `length` queries t of each head: to the first w against the
-    last w keys."""
+    """Add the mask [w, w] in place to scores [..., g·t, n] of `length` queries t of each head: to the first w against
+    the last w keys."""
     width = mask.shape[0]
     scores.reshape(*scores.shape[:-2], -1, length, scores.shape[-1])[..., :width, -width:] += mask
 
@@ -160,8 +160,8 @@ def attend_backward(
         dv = pᵀ dheads,  dscores = p * (dheads vᵀ - rows of <dheads, heads>) / √e,  dq = dscores k,  dk = dscoresᵀ q
 
     What is subtracted from each row of a product is one more column of its left factor, and of its right one a column
-    of ones: so it costs no pass over the result. A tile's keys before its own are met tile by tile, its own by all tiles
-    of the stack at once: of those each sees as many.
+    of ones: so it costs no pass over the result. A tile's keys before its own are met tile by tile, its own by all
+    tiles of the stack at once: of those each sees as many.
 
     dheads [p, B, K/G, g·s, e] -> dq [p, B, K/G, g·s, e] and, for each tile, dk and dv [2, B, K/G, n, e].
     """
@@ -182,10 +182,11 @@ def attend_backward(
     own = xp.stack([wide[:, :, :, seen - length : seen] for seen in visible], axis=1)  # -> [2, p, B, K/G, s, e+1]
     down = xp.empty((*own.shape[:-1], q.shape[-1]), dtype=q.dtype)  # [2, p, B, K/G, s, e]
     for first in range(0, length, DIAGONAL):
-        rows = [rows_from(x, first, length) for x in (queries, centred, scaled, dheads)]
         chunk = slice(first, min(first + DIAGONAL, length))
-        found = chunk_backward(xp, *rows, own[..., chunk, :], mask[: length - first, : length - first][: DIAGONAL, : DIAGONAL],
-                               out=down[..., chunk, :], rows=length - first)
+        found = chunk_backward(
+            xp, rows_from(queries, first, length), rows_from(centred, first, length), rows_from(scaled, first, length),
+            rows_from(dheads, first, length), own[..., chunk, :], mask[chunk, chunk], out=down[..., chunk, :],
+            rows=length - first)
         dq_rows = of_queries(dq, slice(first, length), length)
         dq_rows += found.reshape(dq_rows.shape)
     for tile, seen in enumerate(visible):
@@ -232,8 +233,8 @@ def rows_from(x: Array, first: int, length: int) -> Array:
 
 
 def add_keys(left: Array, right: Array) -> Array:
-    """Gradients of keys and values [2, B, K/G, n, e] of two tiles of queries, or of more: each of the first n keys of the
-    sequence, so the shorter is added to the head of the longer, in place. The tree's operation for them."""
+    """Gradients of keys and values [2, B, K/G, n, e] of two tiles of queries, or of more: each of the first n keys of
+    the sequence, so the shorter is added to the head of the longer, in place. The tree's operation for them."""
     if left.shape[3] < right.shape[3]:
         left, right = right, left
     left[:, :, :, : right.shape[3]] += right

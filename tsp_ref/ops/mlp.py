@@ -18,8 +18,8 @@ def sigmoid(xp: Namespace, x: Array) -> Array:
 
 
 def swiglu_forward(xp: Namespace, x: Array, gate_up: Array, down: Array, out: Array) -> Array:
-    """x [p, B, s, h], gate and up side by side [h, 2f/G], down [f/G, h] -> y [p, B, s, h]; x gate_up, which the backward
-    needs, is written into `out` [p, B·s, 2f/G]."""
+    """x [p, B, s, h], gate and up side by side [h, 2f/G], down [f/G, h] -> y [p, B, s, h]; x gate_up, which the
+    backward needs, is written into `out` [p, B·s, 2f/G]."""
     flat = x.reshape(len(x), -1, x.shape[-1])  # [p, B, s, h] -> [p, B*s, h]
     projected = xp.matmul(flat, gate_up, out=out)  # [p, B*s, h] -> [p, B*s, 2*f/G]
     width = down.shape[0]

@@ -36,7 +36,7 @@ from ..model.tilewise import (
     squares,
 )
 from ..ops.embedding import embed_backward, embed_forward
-from ..ops.loss import logits_backward, logits_forward, merge_triples, token_losses
+from ..ops.loss import logits_backward, logits_forward, merge_triples
 from ..ops.mlp import swiglu_backward, swiglu_forward
 
 

@@ -18,9 +18,9 @@ from .tags import Tag
 
 
 class AllReduceTiles(BlockSums):
-    """All-reduce of what every rank computes with its own blocks, tile by tile: an exchange to the rank that sums a tile,
-    and a gather of its total. The ranks take turns: of p tiles, number i is summed by rank i modulo N. A stack's sums
-    are posted when all blocks of this rank are in them, and are in flight under the work on the next stacks.
+    """All-reduce of what every rank computes with its own blocks, tile by tile: an exchange to the rank that sums a
+    tile, and a gather of its total. The ranks take turns: of p tiles, number i is summed by rank i modulo N. A stack's
+    sums are posted when all blocks of this rank are in them, and are in flight under the work on the next stacks.
 
     AHEAD stacks are in flight to the ranks that sum, and as many totals from them. A total is received in the place of
     the piece that was sent for it.

@@ -51,9 +51,9 @@ class ReduceToOwner:
               as in that of a ring: it says when whose partials are to be expected
 
     At each step call `receive` and then `send`: in this order, because others wait until what they sent is received.
-    AHEAD sends, and the receives of AHEAD ranks, may be in flight, under the computation of the next blocks; beside them
-    a rank holds only those pieces of its own blocks that wait for another. The last end in `finish`, which is for after
-    the next sub-layer: so they are in flight under its computation.
+    AHEAD sends, and the receives of AHEAD ranks, may be in flight, under the computation of the next blocks; beside
+    them a rank holds only those pieces of its own blocks that wait for another. The last end in `finish`, which is for
+    after the next sub-layer: so they are in flight under its computation.
     """
 
     def __init__(
@@ -150,8 +150,8 @@ class AllReduceGradients(ReduceToOwner):
 
 
 def move_on(in_flight: list[AllReduceGradients], newest: AllReduceGradients | None = None) -> list[AllReduceGradients]:
-    """What a backward does with gradients in flight after each sub-layer, given the oldest first: those whose totals are
-    being gathered are finished, those that are being reduced are gathered, and the newest begin."""
+    """What a backward does with gradients in flight after each sub-layer, given the oldest first: those whose totals
+    are being gathered are finished, those that are being reduced are gathered, and the newest begin."""
     for gradients in in_flight:
         if gradients.gathered is None:
             gradients.gather()

@@ -31,7 +31,8 @@ class GatherKeysValues:
         self.post(AHEAD)
 
     def post(self, until: int) -> None:
-        """Of the blocks before number `until`: Irecv those of every other rank's tiles, Isend this rank's own to all."""
+        """Of the blocks before number `until`: Irecv those of every other rank's tiles, Isend this rank's own to
+        all."""
         comm, grid = self.comm, self.model.grid
         for block in self.order[self.posted : until]:
             own = self.kept[block]

@@ -13,8 +13,8 @@ from .tags import Tag
 
 
 class Ring:
-    """The blocks of a tensor go round, rank r -> r+1. A rank uses its own first, then its left neighbour's, and so on, in
-    rounds of one block of each owner:
+    """The blocks of a tensor go round, rank r -> r+1. A rank uses its own first, then its left neighbour's, and so on,
+    in rounds of one block of each owner:
 
         step     0       1          2          3          4
         rank 0   own     rank 3's   rank 2's   rank 1's   own second block

@@ -2,10 +2,10 @@
 
 Weights are replicated, tokens are cut: each rank applies every block to its own tokens, and only keys and values cross
 between tokens. They are exchanged block by block, under the work on two others, so that no rank ever holds more than a
-few blocks' heads of the whole sequence. Gradients of weights are summed over the ranks: each rank sums some of the blocks
-(a reduce to it) and sends the totals to all (an all-gather), so that all take the same optimizer step; the reduce ends
-under the next sub-layer, the all-gather under the one after that. (This is what is also called context parallelism; for
-keys and values an exchange as here, or a ring as in arXiv 2310.01889. The order of every sum is ours.)
+few blocks' heads of the whole sequence. Gradients of weights are summed over the ranks: each rank sums some of the
+blocks (a reduce to it) and sends the totals to all (an all-gather), so that all take the same optimizer step; the
+reduce ends under the next sub-layer, the all-gather under the one after that. (This is what is also called context
+parallelism; for keys and values an exchange as here, or a ring as in arXiv 2310.01889. The order of every sum is ours.)
 
 Between layers a rank holds its 1/N of the activations, but weights, gradients and optimizer state whole: they are not
 divided by N.
@@ -81,8 +81,8 @@ def attention_forward(
 ) -> tuple[Array, AttentionSaved]:
     """x plus the attention of the normed x [p, B, s, h].
 
-    Two stages, AHEAD blocks apart: a block of heads is projected, and its keys and values are posted to the other tokens'
-    ranks; it is attended with when the next two are projected.
+    Two stages, AHEAD blocks apart: a block of heads is projected, and its keys and values are posted to the other
+    tokens' ranks; it is attended with when the next two are projected.
     """
     normed = tilewise.normalise(model, x, weights.gains[2 * layer])
     output, saved = BlockSums(model), AttentionSaved(x)
@@ -121,7 +121,8 @@ def attention_backward(
     dnormed, owned = BlockSums(model), summed_blocks(model.grid)
     order, blocks = rounds(owned, range(comm.size)), dict(zip(model.grid.blocks, weights.attention[layer]))
     gather = GatherKeysValues(comm, model, saved.keys_values, [block for _, block in order])
-    summed = AllReduceGradients(comm, model, gradients.attention[layer], owned, Tag.ATTENTION_GRADIENTS, together=True)
+    summed = AllReduceGradients(
+        comm, model, gradients.attention[layer], owned, Tag.ATTENTION_GRADIENTS, together=True)
     attended: deque[tuple[Array, ScatterKeysValues]] = deque()
     gather.start()
     for step in range(len(order) + AHEAD):

@@ -10,8 +10,8 @@ from enum import IntEnum
 
 
 class Tag(IntEnum):
-    """The purpose of a message, and the sub-layer that it belongs to; the ledger counts by both. A message may be posted
-    in another sub-layer: prefetched in the one before, or deferred to the one after."""
+    """The purpose of a message, and the sub-layer that it belongs to; the ledger counts by both. A message may be
+    posted in another sub-layer: prefetched in the one before, or deferred to the one after."""
 
     sublayer: str
 

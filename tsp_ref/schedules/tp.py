@@ -2,8 +2,8 @@
 
 Tokens are replicated, weights are cut: each rank applies its own blocks to all tokens, and what the ranks compute of a
 sub-layer's output, or of its input's gradient, is summed by an all-reduce, tile by tile, under the work on the next
-tiles. Gradients of weights need no message: their owner has all tokens. (Source: Megatron-LM, arXiv 1909.08053; the order
-of every sum is ours, and so is the all-reduce as an exchange to the rank that sums and a gather.)
+tiles. Gradients of weights need no message: their owner has all tokens. (Source: Megatron-LM, arXiv 1909.08053; the
+order of every sum is ours, and so is the all-reduce as an exchange to the rank that sums and a gather.)
 
 Between layers a rank holds its 1/N of weights, gradients, optimizer state and of what is computed by blocks (queries,
 keys, values, heads, gate and up), but the layers' inputs whole: they are not divided by N.

@@ -78,8 +78,8 @@ def attention_forward(
 ) -> tuple[Array, AttentionSaved]:
     """x plus the attention of the normed x [p, B, s, h].
 
-    Two stages, AHEAD blocks apart: a block of heads is projected, and its keys and values are posted to the other tokens'
-    ranks; it is attended with when the next two are projected.
+    Two stages, AHEAD blocks apart: a block of heads is projected, and its keys and values are posted to the other
+    tokens' ranks; it is attended with when the next two are projected.
     """
     normed = tilewise.normalise(model, x, weights.gains[2 * layer])
     output, saved = AllReduceTiles(mesh.weights, model, Tag.ATTENTION_SUMS), AttentionSaved(x)
@@ -118,7 +118,8 @@ def attention_backward(
     dnormed, owned = AllReduceTiles(mesh.weights, model, Tag.ATTENTION_SUMS), summed_blocks(model.grid)
     order, blocks = rounds(owned, range(mesh.tokens.size)), dict(zip(model.grid.blocks, weights.attention[layer]))
     gather = GatherKeysValues(mesh.tokens, model, saved.keys_values, [block for _, block in order])
-    summed = AllReduceGradients(mesh.tokens, model, gradients.attention[layer], owned, Tag.ATTENTION_GRADIENTS, together=True)
+    summed = AllReduceGradients(
+        mesh.tokens, model, gradients.attention[layer], owned, Tag.ATTENTION_GRADIENTS, together=True)
     attended: deque[tuple[Array, ScatterKeysValues]] = deque()
     gather.start()
     for step in range(len(order) + AHEAD):

@@ -1,19 +1,15 @@
 """TSP: tensor and sequence parallelism folded on one axis. Every rank holds 1/N of the weights and 1/N of the tokens.
 
 Weights come to the tokens: attention blocks are broadcast by each owner in turn, MLP and vocabulary blocks go round a
-ring, and each rank applies every block to its own tokens. Only keys and values cross between tokens. Gradients of
-weights go straight to the blocks' owners. The forward of attention and MLP follows the paper (arXiv 2604.26294) as its
-readers describe it; the backward, the embedding, the head, the order of every sum, and that all travels block by block,
-are ours.
+ring. Only keys and values cross between tokens. Gradients of weights go straight to the blocks' owners. The forward of
+attention and MLP follows the paper (arXiv 2604.26294) as its readers describe it; the backward, the embedding, the
+head, the order of every sum, and that all travels block by block, are ours.
 
-What travels does so under the work on something else: it is posted early and waited for late. Two things cross from a
-sub-layer to the next, handed on by `model_forward` and `model_backward`: the first messages of the `following` one, which
-a sub-layer starts when its own are all posted (on a shared link, what is needed sooner must be posted sooner); and
-gradients in flight to their owners, which a backward returns, to be finished after the next.
-
-Within a sub-layer a rank holds, beside its 1/N of everything, counted as `buffers` where received and as `working` where
-made: the block in use (three in attention) and those in flight; the keys and values of one block's heads for the whole
-sequence, and as they arrive those of the next two; gradients of a few blocks that leave or arrive.
+What travels is posted early and waited for late. Two things cross from a sub-layer to the next, handed on by
+`model_forward` and `model_backward`: the first messages of the `following` one, which a sub-layer starts when its own
+are all posted (on a shared link, what is needed sooner must be posted sooner); and gradients in flight to their owners,
+which a backward returns, to be finished after the next. Beside its 1/N of everything a rank holds the blocks in use and
+in flight, and one block's keys and values of the whole sequence, with those of the next two as they arrive.
 
 Read beside `reference.single`: the same functions in the same order; what differs is the messages.
 """
@@ -21,7 +17,6 @@ Read beside `reference.single`: the same functions in the same order; what diffe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from functools import partial
 
 from ..accounting.phase import phase
@@ -41,21 +36,14 @@ from .all_reduce import all_reduce
 from .gradients import ReduceToOwner
 from .keys_values import GatherKeysValues, ScatterKeysValues
 from .order import AHEAD, backwards_from, owned_blocks, rounds
+from .prefetch import First, messages_of_layer, start
 from .ring import Broadcast, Ring
 from .tags import Tag
-
-First = Sequence[Ring | Broadcast | GatherKeysValues]
 
 
 def place(comm: Communicator) -> tuple[Place, Place]:
     """Where this rank stands on the axis of weights and on that of tokens: both are folded on the same ranks."""
     return folded(comm.rank, comm.size)
-
-
-def start(following: First) -> None:
-    """Post the first messages of the following sub-layer, if they are not posted yet."""
-    for messages in following:
-        messages.start()
 
 
 @phase("embedding", "forward")
@@ -108,8 +96,8 @@ def attention_forward(
 ) -> tuple[Array, AttentionSaved]:
     """x plus the attention of the normed x [p, B, s, h].
 
-    Two stages, AHEAD blocks apart: a block of heads is projected, and its keys and values are posted to all ranks; it is
-    attended with when the next two are projected. Recomputed, `saved` gets back what it has let go.
+    Two stages, AHEAD blocks apart: a block of heads is projected, and its keys and values are posted to all ranks; it
+    is attended with when the next two are projected. Recomputed, `saved` gets back what it has let go.
     """
     normed = tilewise.normalise(model, x, weights.gains[2 * layer])
     output, saved = BlockSums(model), saved or AttentionSaved(x)
@@ -324,16 +312,16 @@ def model_forward(
     """The loss of a batch, and what the backward needs. tokens and targets [p, B, s], of this rank's tiles."""
     attention, mlp = [], []
     heads = Broadcast(comm, model, weights.attention[0], Tag.ATTENTION_WEIGHTS)
+    last = Ring(comm, model, weights.head_table, Tag.HEAD_WEIGHTS)
     x = embedding_forward(comm, model, tokens, weights, following=[heads])
     for layer in range(model.config.num_layers):
         ring = Ring(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS)
         x, saved = attention_forward(comm, model, x, weights, layer, heads, following=[ring])
         attention.append(saved)
+        following: First = [last]
         if layer + 1 < model.config.num_layers:
-            following = heads = Broadcast(comm, model, weights.attention[layer + 1], Tag.ATTENTION_WEIGHTS)
-        else:
-            following = last = Ring(comm, model, weights.head_table, Tag.HEAD_WEIGHTS)
-        x, kept = mlp_forward(comm, model, x, weights, layer, ring, following=[following])
+            following = [heads := Broadcast(comm, model, weights.attention[layer + 1], Tag.ATTENTION_WEIGHTS)]
+        x, kept = mlp_forward(comm, model, x, weights, layer, ring, following)
         mlp.append(kept)
         tilewise.forget(model, saved, kept)
     loss, head = head_forward(comm, model, x, targets, weights, last)
@@ -344,34 +332,27 @@ def model_forward(
 def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Parameters, gradients: Parameters) -> None:
     """Writes the gradient of the loss, for this rank's blocks, into `gradients`; uses up what was saved."""
     dgain = model.empty("working", len(model.grid.slots), *weights.gains.shape)
-
-    def heads_of(layer: int) -> Broadcast:
-        return Broadcast(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS)
-
-    def ring_of(layer: int) -> Ring:
-        return Ring(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS)
-
-    first_of = heads_of if model.recompute == "full" else ring_of  # what the backward of a layer begins with
-    first = first_of(model.config.num_layers - 1)
-    dx, home = head_backward(comm, model, saved.head, saved.targets, weights, gradients, dgain, [first])
+    layers = [messages_of_layer(comm, model, weights, saved, layer) for layer in range(model.config.num_layers)]
+    dx, home = head_backward(
+        comm, model, saved.head, saved.targets, weights, gradients, dgain, layers[-1].first(model.recompute))
     for layer in reversed(range(model.config.num_layers)):
-        attention, ring, heads = saved.attention[-1], first, heads_of(layer)
-        gather = GatherKeysValues(comm, model, attention.keys_values, [block for _, block in heads.order])
+        messages, attention = layers.pop(), saved.attention[-1]
+        last: First = [messages.keys_values, messages.heads]
         if model.recompute == "full":
-            again, ring = ring_of(layer), ring_of(layer)
-            x, _ = attention_forward(comm, model, attention.x, weights, layer, first, [again], attention)
-            saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer, again, [ring])[1]
+            x, _ = attention_forward(comm, model, attention.x, weights, layer, messages.heads_again,
+                                     [messages.ring_again], attention)
+            _, saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer, messages.ring_again, [messages.ring])
             del x  # which the MLP's backward is the last to need
-        following = [heads_of(layer)] if model.recompute == "attention" else [gather, heads]
         dx, home_of_mlp = mlp_backward(
-            comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain, ring, following)
+            comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain, messages.ring,
+            [messages.heads_again] if model.recompute == "attention" else last)
         home.finish()
         if model.recompute == "attention":
-            attention_forward(comm, model, attention.x, weights, layer, *following, [gather, heads], attention)
+            attention_forward(comm, model, attention.x, weights, layer, messages.heads_again, last, attention)
         del attention
-        first = first_of(layer - 1) if layer else None
-        dx, home = attention_backward(comm, model, dx, saved.attention.pop(), weights, layer, gradients, dgain, heads,
-                                      gather, [first] if layer else [])
+        dx, home = attention_backward(
+            comm, model, dx, saved.attention.pop(), weights, layer, gradients, dgain, messages.heads,
+            messages.keys_values, layers[-1].first(model.recompute) if layers else ())
         home_of_mlp.finish()
     home_of_embedding = embedding_backward(comm, model, dx, saved.tokens, weights, gradients)
     home.finish()

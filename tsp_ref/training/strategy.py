@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
-from typing import Any
 
 from ..arrays import Array, Namespace
 from ..backends.host import Backend
@@ -20,7 +18,6 @@ from ..model.parameters import Parameters
 from ..reference import single
 from ..schedules import sp, tp, tp_sp, tsp
 
-ON_ONE_AXIS: dict[str, ModuleType] = {"tp": tp, "sp": sp, "tsp": tsp}
 SCHEDULES = ("single", "tp", "sp", "tp+sp", "tsp")
 
 
@@ -33,6 +30,7 @@ class Plan:
     layout     zigzag or contiguous: which tiles a rank holds
     recompute  none, attention or full: what the backward computes anew
     counted    count every array and every matrix product: for measuring, slower
+    stack      how many tiles go through an operation at a time; None: chosen by their size
     """
 
     schedule: str = "tsp"
@@ -40,6 +38,7 @@ class Plan:
     layout: str = "zigzag"
     recompute: str = "none"
     counted: bool = False
+    stack: int | None = None
 
     def __str__(self) -> str:
         return f"{self.schedule} {self.mesh}" if self.mesh else self.schedule
@@ -59,25 +58,33 @@ def choose_strategy(plan: Plan, comm: Communicator, config: Config, library: Nam
     """The strategy of a plan on these ranks, or a `UserError` that names what does not fit."""
     if plan.mesh is not None and plan.schedule != "tp+sp":
         raise UserError(f"--mesh {plan.mesh} is for --schedule tp+sp: {plan.schedule} has no mesh, leave it out")
-    build = partial(Model, config, library, layout=plan.layout, recompute=plan.recompute, counted=plan.counted)
+    build = partial(Model, config, library, layout=plan.layout, recompute=plan.recompute, counted=plan.counted,
+                    stack=plan.stack)
     if plan.schedule == "single":
         if comm.size != 1:
             raise UserError(f"--schedule single is one process, and this job has {comm.size} ranks: run it without "
                             "mpirun, or use --schedule tsp")
-        return _strategy(single, build())
+        model = build()
+        return Strategy(model, partial(single.model_forward, model), partial(single.model_backward, model),
+                        partial(single.gradient_norm, model))
+    if plan.schedule == "tp":
+        model = build(*tp.place(comm))
+        return Strategy(model, partial(tp.model_forward, comm, model), partial(tp.model_backward, comm, model),
+                        partial(tp.gradient_norm, comm, model))
+    if plan.schedule == "sp":
+        model = build(*sp.place(comm))
+        return Strategy(model, partial(sp.model_forward, comm, model), partial(sp.model_backward, comm, model),
+                        partial(sp.gradient_norm, comm, model))
     if plan.schedule == "tp+sp":
         mesh = make_mesh(comm, *mesh_sides(plan.mesh, comm.size))
-        return _strategy(tp_sp, build(*tp_sp.place(mesh)), mesh)
-    if plan.schedule not in ON_ONE_AXIS:
-        raise UserError(f"--schedule {plan.schedule} is unknown: use one of {', '.join(SCHEDULES)}")
-    schedule = ON_ONE_AXIS[plan.schedule]
-    return _strategy(schedule, build(*schedule.place(comm)), comm)
-
-
-def _strategy(module: ModuleType, model: Model, *ranks: Any) -> Strategy:
-    calls = (partial(getattr(module, name), *ranks, model)
-             for name in ("model_forward", "model_backward", "gradient_norm"))
-    return Strategy(model, *calls)
+        model = build(*tp_sp.place(mesh))
+        return Strategy(model, partial(tp_sp.model_forward, mesh, model), partial(tp_sp.model_backward, mesh, model),
+                        partial(tp_sp.gradient_norm, mesh, model))
+    if plan.schedule == "tsp":
+        model = build(*tsp.place(comm))
+        return Strategy(model, partial(tsp.model_forward, comm, model), partial(tsp.model_backward, comm, model),
+                        partial(tsp.gradient_norm, comm, model))
+    raise UserError(f"--schedule {plan.schedule} is unknown: use one of {', '.join(SCHEDULES)}")
 
 
 def meshes(size: int) -> list[str]:
