@@ -159,18 +159,17 @@ def in_order_of_text(model: Model, tiles_of: dict[int, Array]) -> Array:
     """Keys and values of the whole sequence [2, B, K/G, S, e] from those of the ranks' tiles: place on the axis of
     tokens -> [p, 2, B, K/G, s, e]."""
     config, grid = model.config, model.grid
-    whole = model.empty("buffers" if len(tiles_of) > 1 else "working", 2, config.batch_size, config.kv_heads_per_block,
-                        config.seq_len, config.head_dim)  # [2, B, K/G, S, e]
+    shape = 2, config.batch_size, config.kv_heads_per_block, config.tiles, config.tile_len, config.head_dim
+    by_tile = model.empty("buffers" if len(tiles_of) > 1 else "working", *shape)  # [2, B, K/G, T, s, e]
     for place, tiles in tiles_of.items():
-        for position, slot in enumerate(grid.slots_of(place)):
-            whole[:, :, :, grid.tokens(slot)] = tiles[position]
-    return whole
+        by_tile[:, :, :, grid.tiles_of(place)] = tiles.transpose(1, 2, 3, 0, 4, 5)
+    return by_tile.reshape(*shape[:3], config.seq_len, config.head_dim)  # -> [2, B, K/G, S, e]
 
 
 def in_order_of_slots(model: Model, whole: Array) -> Array:
     """The other way round, for one who holds all tiles: [2, B, K/G, S, e] -> [p, 2, B, K/G, s, e]."""
-    tiles = [whole[:, :, :, model.grid.tokens(slot)] for slot in model.grid.slots]
-    return model.xp.stack(tiles)
+    by_tile = whole.reshape(*whole.shape[:3], -1, model.config.tile_len, whole.shape[-1])  # -> [2, B, K/G, T, s, e]
+    return by_tile[:, :, :, model.grid.tiles_of(0)].transpose(3, 0, 1, 2, 4, 5)  # -> [p, 2, B, K/G, s, e]
 
 
 def losses_of(model: Model, triples: list[Array], x: Array) -> tuple[Array, HeadSaved]:

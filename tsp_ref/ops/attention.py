@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 from ..arrays import Array, Namespace
 from .rotary import rotary_backward, rotary_forward
@@ -24,6 +25,11 @@ measurement)."""
 
 DIAGONAL = 64
 """Keys of a chunk of the tile itself, in the backward: of its scores few are masked (chosen by measurement)."""
+
+
+PADDED_BYTES = 128 * 1024
+"""Of the scores of several tiles that are padded to be worked on together, at most: where a call costs more than what
+it works on (chosen by measurement)."""
 
 
 def qkv_forward(xp: Namespace, x: Array, wqkv: Array, rotary: Array, out: tuple[Array, Array]) -> None:
@@ -71,17 +77,25 @@ def causal_mask(xp: Namespace, length: int, dtype: str) -> Array:
     return xp.triu(xp.full((length, length), -xp.inf, dtype=dtype), 1)  # [s, s]
 
 
-def strips(length: int) -> list[slice]:
+@lru_cache
+def strips(length: int) -> tuple[slice, ...]:
     """A tile's queries cut in strips of at most STRIP, the last as long as the others or a little shorter: a strip
     needs no key after its last query, so that less of a long tile is computed only to be masked."""
     step = math.ceil(length / math.ceil(length / STRIP))
-    return [slice(first, min(first + step, length)) for first in range(0, length, step)]
+    return tuple(slice(first, min(first + step, length)) for first in range(0, length, step))
 
 
 def of_queries(x: Array, queries: slice, length: int) -> Array:
     """The rows of x [..., g·s, e] that belong to some of a tile's `length` queries, of each query head: a view
     [..., g, t, e]."""
     return x.reshape(*x.shape[:-2], -1, length, x.shape[-1])[..., queries, :]
+
+
+def rows_of(x: Array, queries: slice, length: int) -> Array:
+    """The same as rows [..., g·t, e]: x itself where these are all of its queries."""
+    if queries.stop - queries.start == length:
+        return x
+    return of_queries(x, queries, length).reshape(*x.shape[:-2], -1, x.shape[-1])
 
 
 def attend_forward(
@@ -94,52 +108,71 @@ def attend_forward(
     scores [p, B, K/G, g·s, 1].
     """
     heads, logsumexp = out
+    length, group = mask.shape[0], q.shape[3] // mask.shape[0]
     scaled = q * q.shape[-1] ** -0.5
     total = xp.empty_like(logsumexp)
-    keys, values = keys_values
-    for tile, seen in enumerate(visible):
-        attend_tile(xp, scaled[tile], keys[:, :, :seen], values[:, :, :seen], mask,
-                    (heads[tile], logsumexp[tile], total[tile]))
+    for strip in strips(length):
+        seen = [last - length + strip.stop for last in visible]
+        of_strip = xp.concatenate([mask[strip, strip]] * group)  # [t, t] -> [g*t, t]
+        for some in padded_together(scaled, seen):
+            results = attend_strip(
+                xp, rows_of(scaled[some], strip, length), keys_values, seen[some], of_strip)
+            for whole, found in zip((heads, logsumexp, total), results):
+                rows = of_queries(whole[some], strip, length)  # -> [p, B, K/G, g, t, e]
+                rows[...] = found.reshape(rows.shape)
     heads /= total
     logsumexp += xp.log(total)
 
 
-def attend_tile(
-    xp: Namespace, q: Array, keys: Array, values: Array, mask: Array, out: tuple[Array, Array, Array]
-) -> None:
-    """One tile, strip by strip: q [B, K/G, g·s, e], scaled, keys and values [B, K/G, n, e], mask [s, s]. Into `out`:
-    the heads' output before its division, each row's largest score, and its sum of exp(score - largest). (`einsum` sums
-    short rows faster than `sum`.)"""
-    length, (batch, kv_heads, _, head_dim) = mask.shape[0], q.shape
-    before = keys.shape[2] - length
-    for strip in strips(length):
-        rows = of_queries(q, strip, length).reshape(batch, kv_heads, -1, head_dim)  # -> [B, K/G, g*t, e]
-        probs = attention_scores(rows, keys[:, :, : before + strip.stop], mask[strip, strip])
-        largest = xp.max(probs, axis=-1, keepdims=True)  # [B, K/G, g*t, n] -> [B, K/G, g*t, 1]
-        probs -= largest
-        xp.exp(probs, out=probs)
-        total = xp.einsum("bkqn->bkq", probs)[..., None]  # [B, K/G, g*t, n] -> [B, K/G, g*t, 1]
-        heads = probs @ values[:, :, : before + strip.stop]  # [B, K/G, g*t, n] -> [B, K/G, g*t, e]
-        for whole, found in zip(out, (heads, largest, total)):
-            part = of_queries(whole, strip, length)
-            part[...] = found.reshape(part.shape)
+def attend_strip(
+    xp: Namespace, q: Array, keys_values: Array, seen: Sequence[int], mask: Array
+) -> tuple[Array, Array, Array]:
+    """One softmax for each of some tiles, over all keys that a strip of its queries sees: products and sums are of a
+    tile's own keys; what goes by elements is done for all tiles at once, padded to the widest.
 
-
-def attention_scores(q: Array, keys: Array, mask: Array) -> Array:
-    """Masked scores of a strip's scaled queries against all keys up to its last: [B, K/G, g·t, n].
-
-    Only the last t columns, the strip against itself, need the mask: all keys before the strip are visible.
+    q [p, B, K/G, g·t, e], scaled; mask [g·t, t] -> the heads' output before its division [p, B, K/G, g·t, e], each row's
+    largest score, and its sum of exp(score - largest) [p, B, K/G, g·t, 1]. (`einsum` sums short rows faster than `sum`.)
     """
-    scores = q @ keys.swapaxes(-1, -2)  # [B, K/G, g*t, e] -> [B, K/G, g*t, n]
-    add_mask(scores, mask, mask.shape[0])
-    return scores
+    keys, values = keys_values[0].swapaxes(-1, -2), keys_values[1]  # -> [B, K/G, e, S], [B, K/G, S, e]
+    probs = xp.empty((*q.shape[:-1], max(seen)), dtype=q.dtype)  # [p, B, K/G, g*t, n]
+    if len(seen) > 1:
+        probs[...] = -xp.inf  # where a tile sees less than the widest
+    for rows, scores, last in zip(q, probs, seen):
+        attention_scores(xp, rows, keys[..., :last], mask, out=scores[..., :last])
+    largest = xp.max(probs, axis=-1, keepdims=True)  # [p, B, K/G, g*t, n] -> [p, B, K/G, g*t, 1]
+    probs -= largest
+    xp.exp(probs, out=probs)
+    heads, total = xp.empty_like(q), xp.empty_like(largest)
+    for found, sums, weights, last in zip(heads, total, probs, seen):
+        sums[..., 0] = xp.einsum("bkqn->bkq", weights[..., :last])
+        xp.matmul(weights[..., :last], values[:, :, :last], out=found)
+    return heads, largest, total
+
+
+def attention_scores(xp: Namespace, q: Array, keys: Array, mask: Array, out: Array) -> None:
+    """Masked scores of a strip's scaled queries [B, K/G, g·t, e] against all keys up to its last [B, K/G, e, n], into
+    `out` [B, K/G, g·t, n].
+
+    Only the last t columns, the strip against itself, need the mask [g·t, t]: all keys before the strip are visible.
+    """
+    xp.matmul(q, keys, out=out)
+    out[..., -mask.shape[1] :] += mask
+
+
+def padded_together(q: Array, seen: Sequence[int]) -> list[slice]:
+    """Which tiles of a stack q [p, B, K/G, g·s, e] to take at a time, so that scores padded to the widest have at most
+    PADDED_BYTES; one at a time, none is padded."""
+    each = math.prod(q.shape[1:4]) * q.dtype.itemsize * max(seen)
+    count = max(1, PADDED_BYTES // each)
+    return [slice(first, first + count) for first in range(0, len(seen), count)]
 
 
 def add_mask(scores: Array, mask: Array, length: int) -> None:
     """Add the mask [w, w] in place to scores [..., g·t, n] of `length` queries t of each head: to the first w against
     the last w keys."""
     width = mask.shape[0]
-    scores.reshape(*scores.shape[:-2], -1, length, scores.shape[-1])[..., :width, -width:] += mask
+    by_head = scores.reshape(*scores.shape[:-2], -1, length, scores.shape[-1])  # [..., g*t, n] -> [..., g, t, n]
+    by_head[..., :width, -width:] += mask
 
 
 def with_column(xp: Namespace, x: Array, column: Array | float) -> Array:
@@ -174,20 +207,21 @@ def attend_backward(
     wide = with_column(xp, keys_values, 1.0)  # [2, B, K/G, S, e] -> [2, B, K/G, S, e+1]
     dq = xp.zeros_like(q)
     dkeys_values = [xp.empty((*keys_values.shape[:3], seen, q.shape[-1]), dtype=q.dtype) for seen in visible]
-    for tile, seen in enumerate(visible):
-        for chunk in chunks_before(q[tile], seen - length):
-            dq[tile] += chunk_backward(
-                xp, queries[tile], centred[tile], scaled[tile], dheads[tile], wide[:, :, :, chunk], None,
-                out=dkeys_values[tile][:, :, :, chunk])
-    own = xp.stack([wide[:, :, :, seen - length : seen] for seen in visible], axis=1)  # -> [2, p, B, K/G, s, e+1]
+    before = [seen - length for seen in visible]
+    for some in padded_together(q, visible):
+        rows = queries[some], centred[some], scaled[some], dheads[some]
+        for first, widths in chunks_before(q, before[some]):
+            before_backward(xp, *rows, wide, first, widths, out=(dq[some], dkeys_values[some]))
+    tiles = [seen // length - 1 for seen in visible]
+    by_tile = wide.reshape(*wide.shape[:3], -1, length, wide.shape[-1])  # [2, B, K/G, S, e+1] -> [2, B, K/G, T, s, e+1]
+    own = by_tile[:, :, :, tiles].transpose(0, 3, 1, 2, 4, 5)  # -> [2, p, B, K/G, s, e+1]
     down = xp.empty((*own.shape[:-1], q.shape[-1]), dtype=q.dtype)  # [2, p, B, K/G, s, e]
     for first in range(0, length, DIAGONAL):
-        chunk = slice(first, min(first + DIAGONAL, length))
-        found = chunk_backward(
-            xp, rows_from(queries, first, length), rows_from(centred, first, length), rows_from(scaled, first, length),
-            rows_from(dheads, first, length), own[..., chunk, :], mask[chunk, chunk], out=down[..., chunk, :],
-            rows=length - first)
-        dq_rows = of_queries(dq, slice(first, length), length)
+        chunk, after = slice(first, min(first + DIAGONAL, length)), slice(first, length)
+        found = own_backward(
+            xp, *(rows_of(x, after, length) for x in (queries, centred, scaled, dheads)), own[..., chunk, :],
+            mask[chunk, chunk], length - first, out=down[..., chunk, :])
+        dq_rows = of_queries(dq, after, length)
         dq_rows += found.reshape(dq_rows.shape)
     for tile, seen in enumerate(visible):
         dkeys_values[tile][:, :, :, seen - length :] = down[:, tile]
@@ -195,41 +229,63 @@ def attend_backward(
     return dq, dkeys_values
 
 
-def chunk_backward(
-    xp: Namespace, queries: Array, centred: Array, scaled: Array, dheads: Array, wide: Array, mask: Array | None,
-    out: Array, rows: int = 0
-) -> Array:
-    """What r rows of queries of each head and a chunk of c keys give each other: dq [..., g·r, e], before its scale,
-    and, into `out` [2, ..., c, e], the gradients of keys and values.
+def before_backward(
+    xp: Namespace, queries: Array, centred: Array, scaled: Array, dheads: Array, wide: Array, first: int,
+    widths: Sequence[int], out: tuple[Array, list[Array]]
+) -> None:
+    """What some tiles and a chunk of keys before them give each other: of the keys from `first` on, tile i sees
+    widths[i]. Products are of a tile's own keys; what goes by elements is done for all tiles at once, padded.
 
-    queries, centred [..., g·r, e+1]; scaled, dheads [..., g·r, e]; wide: keys and values [2, ..., c, e+1]. Where the
-    chunk is of the tile itself: mask [c, c], and r rows of each head.
+    queries, centred [p, B, K/G, g·s, e+1]; scaled, dheads [p, B, K/G, g·s, e]; wide: keys and values
+    [2, B, K/G, S, e+1]. In `out`, dq [p, B, K/G, g·s, e], before its scale, is added to, and the chunk's dk and dv
+    [2, B, K/G, n, e] are written.
+    """
+    keys, values = wide.swapaxes(-1, -2)  # -> [B, K/G, e+1, S], [B, K/G, e+1, S]
+    new = xp.empty if len(widths) == 1 else xp.zeros
+    probs, dscores = new((2, *scaled.shape[:-1], max(widths)), dtype=scaled.dtype)  # -> [p, B, K/G, g*s, c], ...
+    chunks = [slice(first, first + width) for width in widths]
+    for row, tile, scores in zip(queries, chunks, probs):
+        xp.matmul(row, keys[..., tile], out=scores[..., : tile.stop - first])
+    xp.exp(probs, out=probs)
+    for row, tile, scores in zip(centred, chunks, dscores):
+        xp.matmul(row, values[..., tile], out=scores[..., : tile.stop - first])
+    dscores *= probs
+    plain = wide[0, ..., :-1]  # [2, B, K/G, S, e+1] -> [B, K/G, S, e]
+    for tile, weights, slopes, row, dhead, dq, found in zip(chunks, probs, dscores, scaled, dheads, *out):
+        width = tile.stop - first
+        if width:
+            dk, dv = found[:, :, :, tile]  # -> [B, K/G, c, e], [B, K/G, c, e]
+            xp.matmul(weights[..., :width].swapaxes(-1, -2), dhead, out=dv)
+            xp.matmul(slopes[..., :width].swapaxes(-1, -2), row, out=dk)
+            dq += slopes[..., :width] @ plain[:, :, tile]
+
+
+def chunks_before(q: Array, before: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """The keys before some tiles in chunks (first, how many of them each tile sees): so many that their scores against
+    all queries of a tile q [p, B, K/G, g·s, e] take about CHUNK_BYTES."""
+    step = max(DIAGONAL, CHUNK_BYTES // (math.prod(q.shape[1:4]) * q.dtype.itemsize))
+    return [(first, [min(step, max(0, count - first)) for count in before]) for first in range(0, max(before), step)]
+
+
+def own_backward(
+    xp: Namespace, queries: Array, centred: Array, scaled: Array, dheads: Array, wide: Array, mask: Array, rows: int,
+    out: Array
+) -> Array:
+    """What r rows of queries of each head and a chunk of c keys of the same tile give each other, for all tiles: dq
+    [p, B, K/G, g·r, e], before its scale, and, into `out` [2, p, B, K/G, c, e], the gradients of keys and values.
+
+    queries, centred [p, B, K/G, g·r, e+1]; scaled, dheads [p, B, K/G, g·r, e]; wide: keys and values
+    [2, p, B, K/G, c, e+1]; mask [c, c].
     """
     keys, values = wide
-    probs = queries @ keys.swapaxes(-1, -2)  # [..., g*r, e+1] -> [..., g*r, c]
-    if mask is not None:
-        add_mask(probs, mask, rows)
+    probs = queries @ keys.swapaxes(-1, -2)  # [p, B, K/G, g*r, e+1] -> [p, B, K/G, g*r, c]
+    add_mask(probs, mask, rows)
     xp.exp(probs, out=probs)
     xp.matmul(probs.swapaxes(-1, -2), dheads, out=out[1])
-    dscores = centred @ values.swapaxes(-1, -2)  # [..., g*r, e+1] -> [..., g*r, c]
+    dscores = centred @ values.swapaxes(-1, -2)  # [p, B, K/G, g*r, e+1] -> [p, B, K/G, g*r, c]
     dscores *= probs
     xp.matmul(dscores.swapaxes(-1, -2), scaled, out=out[0])
-    return dscores @ keys[..., :-1]  # [..., g*r, c] -> [..., g*r, e]
-
-
-def chunks_before(q: Array, before: int) -> list[slice]:
-    """The `before` keys before a tile in chunks: so many that their scores against all of the tile's queries
-    q [B, K/G, g·s, e] take about CHUNK_BYTES."""
-    step = max(DIAGONAL, CHUNK_BYTES // (math.prod(q.shape[:3]) * q.dtype.itemsize))
-    return [slice(first, min(first + step, before)) for first in range(0, before, step)]
-
-
-def rows_from(x: Array, first: int, length: int) -> Array:
-    """The rows of x [p, B, K/G, g·s, ...] that belong to the queries from `first` on, of each query head."""
-    if first == 0:
-        return x
-    rows = of_queries(x, slice(first, length), length)
-    return rows.reshape(*x.shape[:3], -1, x.shape[-1])
+    return dscores @ keys[..., :-1]  # [p, B, K/G, g*r, c] -> [p, B, K/G, g*r, e]
 
 
 def add_keys(left: Array, right: Array) -> Array:
