@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeAlias
 
 from ..arrays import Array, Namespace
 from .rotary import rotary_backward, rotary_forward
@@ -115,8 +116,7 @@ def attend_forward(
         seen = [last - length + strip.stop for last in visible]
         of_strip = xp.concatenate([mask[strip, strip]] * group)  # [t, t] -> [g*t, t]
         for some in padded_together(scaled, seen):
-            results = attend_strip(
-                xp, rows_of(scaled[some], strip, length), keys_values, seen[some], of_strip)
+            results = attend_strip(xp, rows_of(scaled[some], strip, length), keys_values, seen[some], of_strip)
             for whole, found in zip((heads, logsumexp, total), results):
                 rows = of_queries(whole[some], strip, length)  # -> [p, B, K/G, g, t, e]
                 rows[...] = found.reshape(rows.shape)
@@ -130,8 +130,9 @@ def attend_strip(
     """One softmax for each of some tiles, over all keys that a strip of its queries sees: products and sums are of a
     tile's own keys; what goes by elements is done for all tiles at once, padded to the widest.
 
-    q [p, B, K/G, g·t, e], scaled; mask [g·t, t] -> the heads' output before its division [p, B, K/G, g·t, e], each row's
-    largest score, and its sum of exp(score - largest) [p, B, K/G, g·t, 1]. (`einsum` sums short rows faster than `sum`.)
+    q [p, B, K/G, g·t, e], scaled; mask [g·t, t] -> the heads' output before its division [p, B, K/G, g·t, e], each
+    row's largest score, and its sum of exp(score - largest) [p, B, K/G, g·t, 1]. (`einsum` sums short rows faster than
+    `sum`.)
     """
     keys, values = keys_values[0].swapaxes(-1, -2), keys_values[1]  # -> [B, K/G, e, S], [B, K/G, S, e]
     probs = xp.empty((*q.shape[:-1], max(seen)), dtype=q.dtype)  # [p, B, K/G, g*t, n]
@@ -211,16 +212,17 @@ def attend_backward(
     for some in padded_together(q, visible):
         rows = queries[some], centred[some], scaled[some], dheads[some]
         for first, widths in chunks_before(q, before[some]):
-            before_backward(xp, *rows, wide, first, widths, out=(dq[some], dkeys_values[some]))
+            before_backward(xp, rows, wide, first, widths, out=(dq[some], dkeys_values[some]))
     tiles = [seen // length - 1 for seen in visible]
     by_tile = wide.reshape(*wide.shape[:3], -1, length, wide.shape[-1])  # [2, B, K/G, S, e+1] -> [2, B, K/G, T, s, e+1]
     own = by_tile[:, :, :, tiles].transpose(0, 3, 1, 2, 4, 5)  # -> [2, p, B, K/G, s, e+1]
     down = xp.empty((*own.shape[:-1], q.shape[-1]), dtype=q.dtype)  # [2, p, B, K/G, s, e]
     for first in range(0, length, DIAGONAL):
         chunk, after = slice(first, min(first + DIAGONAL, length)), slice(first, length)
+        rows = (rows_of(queries, after, length), rows_of(centred, after, length), rows_of(scaled, after, length),
+                rows_of(dheads, after, length))
         found = own_backward(
-            xp, *(rows_of(x, after, length) for x in (queries, centred, scaled, dheads)), own[..., chunk, :],
-            mask[chunk, chunk], length - first, out=down[..., chunk, :])
+            xp, rows, own[..., chunk, :], mask[chunk, chunk], length - first, out=down[..., chunk, :])
         dq_rows = of_queries(dq, after, length)
         dq_rows += found.reshape(dq_rows.shape)
     for tile, seen in enumerate(visible):
@@ -229,17 +231,21 @@ def attend_backward(
     return dq, dkeys_values
 
 
+Rows: TypeAlias = tuple[Array, Array, Array, Array]
+"""Of some queries, what their keys are multiplied with: the scaled queries, and the gradients of the heads' output,
+each with a column for what is subtracted from their products [..., e+1]; and both without it [..., e]."""
+
+
 def before_backward(
-    xp: Namespace, queries: Array, centred: Array, scaled: Array, dheads: Array, wide: Array, first: int,
-    widths: Sequence[int], out: tuple[Array, list[Array]]
+    xp: Namespace, rows: Rows, wide: Array, first: int, widths: Sequence[int], out: tuple[Array, list[Array]]
 ) -> None:
     """What some tiles and a chunk of keys before them give each other: of the keys from `first` on, tile i sees
     widths[i]. Products are of a tile's own keys; what goes by elements is done for all tiles at once, padded.
 
-    queries, centred [p, B, K/G, g·s, e+1]; scaled, dheads [p, B, K/G, g·s, e]; wide: keys and values
-    [2, B, K/G, S, e+1]. In `out`, dq [p, B, K/G, g·s, e], before its scale, is added to, and the chunk's dk and dv
-    [2, B, K/G, n, e] are written.
+    rows of all queries [p, B, K/G, g·s, ...]; wide: keys and values [2, B, K/G, S, e+1]. In `out`, dq
+    [p, B, K/G, g·s, e], before its scale, is added to, and the chunk's dk and dv [2, B, K/G, n, e] are written.
     """
+    queries, centred, scaled, dheads = rows
     keys, values = wide.swapaxes(-1, -2)  # -> [B, K/G, e+1, S], [B, K/G, e+1, S]
     new = xp.empty if len(widths) == 1 else xp.zeros
     probs, dscores = new((2, *scaled.shape[:-1], max(widths)), dtype=scaled.dtype)  # -> [p, B, K/G, g*s, c], ...
@@ -267,19 +273,17 @@ def chunks_before(q: Array, before: Sequence[int]) -> list[tuple[int, list[int]]
     return [(first, [min(step, max(0, count - first)) for count in before]) for first in range(0, max(before), step)]
 
 
-def own_backward(
-    xp: Namespace, queries: Array, centred: Array, scaled: Array, dheads: Array, wide: Array, mask: Array, rows: int,
-    out: Array
-) -> Array:
-    """What r rows of queries of each head and a chunk of c keys of the same tile give each other, for all tiles: dq
-    [p, B, K/G, g·r, e], before its scale, and, into `out` [2, p, B, K/G, c, e], the gradients of keys and values.
+def own_backward(xp: Namespace, rows: Rows, wide: Array, mask: Array, count: int, out: Array) -> Array:
+    """What the last r = count queries of each head and a chunk of c keys of the same tile give each other, for all
+    tiles: dq [p, B, K/G, g·r, e], before its scale, and, into `out` [2, p, B, K/G, c, e], the gradients of keys and
+    values.
 
-    queries, centred [p, B, K/G, g·r, e+1]; scaled, dheads [p, B, K/G, g·r, e]; wide: keys and values
-    [2, p, B, K/G, c, e+1]; mask [c, c].
+    rows [p, B, K/G, g·r, ...]; wide: keys and values [2, p, B, K/G, c, e+1]; mask [c, c].
     """
+    queries, centred, scaled, dheads = rows
     keys, values = wide
     probs = queries @ keys.swapaxes(-1, -2)  # [p, B, K/G, g*r, e+1] -> [p, B, K/G, g*r, c]
-    add_mask(probs, mask, rows)
+    add_mask(probs, mask, count)
     xp.exp(probs, out=probs)
     xp.matmul(probs.swapaxes(-1, -2), dheads, out=out[1])
     dscores = centred @ values.swapaxes(-1, -2)  # [p, B, K/G, g*r, e+1] -> [p, B, K/G, g*r, c]
