@@ -115,39 +115,50 @@ def attend_forward(
     for strip in strips(length):
         seen = [last - length + strip.stop for last in visible]
         of_strip = xp.concatenate([mask[strip, strip]] * group)  # [t, t] -> [g*t, t]
-        for some in padded_together(scaled, seen):
-            results = attend_strip(xp, rows_of(scaled[some], strip, length), keys_values, seen[some], of_strip)
-            for whole, found in zip((heads, logsumexp, total), results):
-                rows = of_queries(whole[some], strip, length)  # -> [p, B, K/G, g, t, e]
-                rows[...] = found.reshape(rows.shape)
+        for tiles in padded_together(q, seen):
+            found = attend_strip(
+                xp, [rows_of(scaled[tile], strip, length) for tile in tiles], keys_values,
+                [seen[tile] for tile in tiles], of_strip)
+            for whole, rows in zip((heads, logsumexp, total), found):
+                write_rows(whole, tiles, strip, length, rows)
     heads /= total
     logsumexp += xp.log(total)
 
 
 def attend_strip(
-    xp: Namespace, q: Array, keys_values: Array, seen: Sequence[int], mask: Array
+    xp: Namespace, q: list[Array], keys_values: Array, seen: list[int], mask: Array
 ) -> tuple[Array, Array, Array]:
     """One softmax for each of some tiles, over all keys that a strip of its queries sees: products and sums are of a
     tile's own keys; what goes by elements is done for all tiles at once, padded to the widest.
 
-    q [p, B, K/G, g·t, e], scaled; mask [g·t, t] -> the heads' output before its division [p, B, K/G, g·t, e], each
-    row's largest score, and its sum of exp(score - largest) [p, B, K/G, g·t, 1]. (`einsum` sums short rows faster than
-    `sum`.)
+    q [B, K/G, g·t, e] of each tile, scaled; mask [g·t, t] -> the heads' output before its division [p, B, K/G, g·t, e],
+    each row's largest score, and its sum of exp(score - largest) [p, B, K/G, g·t, 1]. (`einsum` sums short rows faster
+    than `sum`.)
     """
     keys, values = keys_values[0].swapaxes(-1, -2), keys_values[1]  # -> [B, K/G, e, S], [B, K/G, S, e]
-    probs = xp.empty((*q.shape[:-1], max(seen)), dtype=q.dtype)  # [p, B, K/G, g*t, n]
-    if len(seen) > 1:
+    probs = xp.empty((len(q), *q[0].shape[:-1], max(seen)), dtype=q[0].dtype)  # [p, B, K/G, g*t, n]
+    if min(seen) < max(seen):
         probs[...] = -xp.inf  # where a tile sees less than the widest
     for rows, scores, last in zip(q, probs, seen):
         attention_scores(xp, rows, keys[..., :last], mask, out=scores[..., :last])
-    largest = xp.max(probs, axis=-1, keepdims=True)  # [p, B, K/G, g*t, n] -> [p, B, K/G, g*t, 1]
+    largest = probs.max(axis=-1, keepdims=True)  # [p, B, K/G, g*t, n] -> [p, B, K/G, g*t, 1]
     probs -= largest
     xp.exp(probs, out=probs)
-    heads, total = xp.empty_like(q), xp.empty_like(largest)
+    heads = xp.empty((len(q), *q[0].shape), dtype=q[0].dtype)  # [p, B, K/G, g*t, e]
+    total = xp.empty_like(largest)
     for found, sums, weights, last in zip(heads, total, probs, seen):
         sums[..., 0] = xp.einsum("bkqn->bkq", weights[..., :last])
         xp.matmul(weights[..., :last], values[:, :, :last], out=found)
     return heads, largest, total
+
+
+def write_rows(x: Array, tiles: list[int], queries: slice, length: int, rows: Array) -> None:
+    """Put rows [.., B, K/G, g·t, e] in the place of some tiles' queries in x [p, B, K/G, g·s, e]."""
+    if queries.stop - queries.start == length:
+        x[tiles] = rows
+        return
+    of_head = x.reshape(*x.shape[:3], -1, length, x.shape[-1])  # [p, B, K/G, g*s, e] -> [p, B, K/G, g, s, e]
+    of_head[tiles, ..., queries, :] = rows.reshape(len(tiles), *of_head.shape[1:4], -1, x.shape[-1])
 
 
 def attention_scores(xp: Namespace, q: Array, keys: Array, mask: Array, out: Array) -> None:
@@ -160,12 +171,17 @@ def attention_scores(xp: Namespace, q: Array, keys: Array, mask: Array, out: Arr
     out[..., -mask.shape[1] :] += mask
 
 
-def padded_together(q: Array, seen: Sequence[int]) -> list[slice]:
-    """Which tiles of a stack q [p, B, K/G, g·s, e] to take at a time, so that scores padded to the widest have at most
-    PADDED_BYTES; one at a time, none is padded."""
-    each = math.prod(q.shape[1:4]) * q.dtype.itemsize * max(seen)
-    count = max(1, PADDED_BYTES // each)
-    return [slice(first, first + count) for first in range(0, len(seen), count)]
+def padded_together(q: Array, seen: Sequence[int]) -> list[list[int]]:
+    """The tiles of a stack q [p, B, K/G, g·s, e] in groups to be taken at a time, so that scores padded to the widest of
+    a group have at most PADDED_BYTES. Tiles that see nearly as many keys are taken together: little is padded."""
+    each = math.prod(q.shape[1:4]) * q.dtype.itemsize
+    groups: list[list[int]] = []
+    for tile in sorted(range(len(seen)), key=seen.__getitem__):
+        if groups and each * seen[tile] * (len(groups[-1]) + 1) <= PADDED_BYTES:
+            groups[-1].append(tile)
+        else:
+            groups.append([tile])
+    return groups
 
 
 def add_mask(scores: Array, mask: Array, length: int) -> None:
@@ -209,10 +225,10 @@ def attend_backward(
     dq = xp.zeros_like(q)
     dkeys_values = [xp.empty((*keys_values.shape[:3], seen, q.shape[-1]), dtype=q.dtype) for seen in visible]
     before = [seen - length for seen in visible]
-    for some in padded_together(q, visible):
-        rows = queries[some], centred[some], scaled[some], dheads[some]
-        for first, widths in chunks_before(q, before[some]):
-            before_backward(xp, rows, wide, first, widths, out=(dq[some], dkeys_values[some]))
+    for tiles in padded_together(q, visible):
+        each = [(queries[tile], centred[tile], scaled[tile], dheads[tile]) for tile in tiles]
+        for first, widths in chunks_before(q, [before[tile] for tile in tiles]):
+            before_backward(xp, each, wide, first, widths, out=[(dq[tile], dkeys_values[tile]) for tile in tiles])
     tiles = [seen // length - 1 for seen in visible]
     by_tile = wide.reshape(*wide.shape[:3], -1, length, wide.shape[-1])  # [2, B, K/G, S, e+1] -> [2, B, K/G, T, s, e+1]
     own = by_tile[:, :, :, tiles].transpose(0, 3, 1, 2, 4, 5)  # -> [2, p, B, K/G, s, e+1]
@@ -237,36 +253,34 @@ each with a column for what is subtracted from their products [..., e+1]; and bo
 
 
 def before_backward(
-    xp: Namespace, rows: Rows, wide: Array, first: int, widths: Sequence[int], out: tuple[Array, list[Array]]
+    xp: Namespace, rows: list[Rows], wide: Array, first: int, widths: list[int], out: list[tuple[Array, Array]]
 ) -> None:
     """What some tiles and a chunk of keys before them give each other: of the keys from `first` on, tile i sees
     widths[i]. Products are of a tile's own keys; what goes by elements is done for all tiles at once, padded.
 
-    rows of all queries [p, B, K/G, g·s, ...]; wide: keys and values [2, B, K/G, S, e+1]. In `out`, dq
-    [p, B, K/G, g·s, e], before its scale, is added to, and the chunk's dk and dv [2, B, K/G, n, e] are written.
+    rows of all queries of each tile [B, K/G, g·s, ...]; wide: keys and values [2, B, K/G, S, e+1]. In `out`, of each
+    tile, dq [B, K/G, g·s, e], before its scale, is added to, and the chunk's dk and dv [2, B, K/G, n, e] are written.
     """
-    queries, centred, scaled, dheads = rows
     keys, values = wide.swapaxes(-1, -2)  # -> [B, K/G, e+1, S], [B, K/G, e+1, S]
-    new = xp.empty if len(widths) == 1 else xp.zeros
-    probs, dscores = new((2, *scaled.shape[:-1], max(widths)), dtype=scaled.dtype)  # -> [p, B, K/G, g*s, c], ...
-    chunks = [slice(first, first + width) for width in widths]
-    for row, tile, scores in zip(queries, chunks, probs):
-        xp.matmul(row, keys[..., tile], out=scores[..., : tile.stop - first])
+    new = xp.empty if min(widths) == max(widths) else xp.zeros
+    shape = len(rows), *rows[0][0].shape[:-1], max(widths)
+    probs, dscores = new(shape, dtype=wide.dtype), new(shape, dtype=wide.dtype)  # -> [p, B, K/G, g*s, c], ...
+    for (queries, centred, _, _), scores, slopes, width in zip(rows, probs, dscores, widths):
+        if width:
+            xp.matmul(queries, keys[..., first : first + width], out=scores[..., :width])
+            xp.matmul(centred, values[..., first : first + width], out=slopes[..., :width])
     xp.exp(probs, out=probs)
-    for row, tile, scores in zip(centred, chunks, dscores):
-        xp.matmul(row, values[..., tile], out=scores[..., : tile.stop - first])
     dscores *= probs
     plain = wide[0, ..., :-1]  # [2, B, K/G, S, e+1] -> [B, K/G, S, e]
-    for tile, weights, slopes, row, dhead, dq, found in zip(chunks, probs, dscores, scaled, dheads, *out):
-        width = tile.stop - first
+    for (_, _, scaled, dheads), weights, slopes, width, (dq, found) in zip(rows, probs, dscores, widths, out):
         if width:
-            dk, dv = found[:, :, :, tile]  # -> [B, K/G, c, e], [B, K/G, c, e]
-            xp.matmul(weights[..., :width].swapaxes(-1, -2), dhead, out=dv)
-            xp.matmul(slopes[..., :width].swapaxes(-1, -2), row, out=dk)
-            dq += slopes[..., :width] @ plain[:, :, tile]
+            dk, dv = found[:, :, :, first : first + width]  # -> [B, K/G, c, e], [B, K/G, c, e]
+            xp.matmul(weights[..., :width].swapaxes(-1, -2), dheads, out=dv)
+            xp.matmul(slopes[..., :width].swapaxes(-1, -2), scaled, out=dk)
+            dq += slopes[..., :width] @ plain[:, :, first : first + width]
 
 
-def chunks_before(q: Array, before: Sequence[int]) -> list[tuple[int, list[int]]]:
+def chunks_before(q: Array, before: list[int]) -> list[tuple[int, list[int]]]:
     """The keys before some tiles in chunks (first, how many of them each tile sees): so many that their scores against
     all queries of a tile q [p, B, K/G, g·s, e] take about CHUNK_BYTES."""
     step = max(DIAGONAL, CHUNK_BYTES // (math.prod(q.shape[1:4]) * q.dtype.itemsize))
