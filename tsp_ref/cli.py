@@ -40,9 +40,9 @@ what a single process computes.
 OVERLAP = """\
 How much of the messages' time is hidden under the computation, in two ways.
 
-  mpirun -n 2 python -m tsp_ref overlap                      a core for each rank
-  mpirun -n 2 python -m tsp_ref overlap --progress wait      nobody looks after
-                                          messages meanwhile: less is hidden
+  mpirun -n 2 python -m tsp_ref overlap                      a core for each
+  mpirun -n 2 python -m tsp_ref overlap --progress wait      with nobody to
+                                          help messages on: less is hidden
   mpirun -n 2 python -m tsp_ref overlap --link 88MB/s,50us   on this link, as a
                                           run before has chosen it
   mpirun -n 2 python -m tsp_ref overlap --link none          on the machine's
@@ -60,8 +60,10 @@ the other. And during both it records how long ranks wait, the exposed time:
       = (messages - exposed) / min(messages, computation)
 
 If the first is less, the difference is what messages cost the processor:
-posting, copying, looking after them. If rounds contradict each other, because
-other programs use the cores, this is said instead of a figure.
+posting, copying, looking after them. If it is more, the computation was disturbed
+when it was timed alone, or ranks wait for one that has more to do. If rounds
+contradict each other, because other programs use the cores, this is said instead
+of a figure; and so it is where messages are too short to be worth hiding.
 
 Between two processes of one machine a message is a copy in memory, over almost
 at once and made by the core that should compute. So messages are slowed down,

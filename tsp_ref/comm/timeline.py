@@ -67,7 +67,7 @@ class Lane:
 
     def seconds(self, what: str) -> float:
         """How long a rank computed, or waited."""
-        return sum(span.end - span.begin for span in self.spans if span.what == what)
+        return sum((span.end - span.begin for span in self.spans if span.what == what), start=0.0)
 
     def share(self, what: str) -> float:
         """The part of its time that a rank computed, or waited."""

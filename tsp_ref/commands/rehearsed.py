@@ -85,7 +85,8 @@ class Rehearsed:
 
     def _of_all(self, mine: float) -> list[float]:
         """A number of every rank's, on every rank."""
-        return [float(row[0]) for row in all_gather(self.comm, np.array([mine]))]
+        # The dtype is said because MPI carries none: one rank's whole number would be read as another's float.
+        return [float(row[0]) for row in all_gather(self.comm, np.array([mine], dtype=np.float64))]
 
     def choose_link(self, ratio: float, shared: bool) -> str | None:
         """Put the messages on a link on which alone they take `ratio` of the computation's time, and return its

@@ -7,9 +7,9 @@ from statistics import quantiles
 from typing import Any, NamedTuple
 
 FEWEST = 3  # rounds: fewer cannot contradict each other
-NEGLIGIBLE = 0.02  # of the computation: messages that take less are lost in its own ups and downs
-WIDEST = 0.25  # between the quartiles of what is hidden, for its median to be called a figure
-BEYOND = 0.10  # by which a quartile may lie outside 0 to 1: no step is so slow or so fast, but one is disturbed
+NEGLIGIBLE = 0.05  # of the computation: it varies by a hundredth or so, which is too much of messages that take less
+WIDEST = 0.20  # between the quartiles of what is hidden, for its median to be called a figure
+BEYOND = 0.05  # by which a quartile may lie outside 0 to 1: no step is so slow or so fast, but one is disturbed
 
 NOISY = "too noisy to tell"
 FEW = "too few rounds to tell"
