@@ -60,10 +60,10 @@ the other. And during both it records how long ranks wait, the exposed time:
       = (messages - exposed) / min(messages, computation)
 
 If the first is less, the difference is what messages cost the processor:
-posting, copying, looking after them. If it is more, the computation was disturbed
-when it was timed alone, or ranks wait for one that has more to do. If rounds
-contradict each other, because other programs use the cores, this is said instead
-of a figure; and so it is where messages are too short to be worth hiding.
+posting, copying, looking after them. If it is more, the computation was slowed
+down when it was timed alone, or ranks wait for one that has more to do. Where
+rounds contradict each other, because other programs use the cores, this is said
+instead of a figure; so it is where messages are too short to be worth hiding.
 
 Between two processes of one machine a message is a copy in memory, over almost
 at once and made by the core that should compute. So messages are slowed down,
@@ -134,24 +134,27 @@ def _parser() -> Parser:
     _common(comparing, preset="tiny", steps="2")
     comparing.set_defaults(run=_compare)
 
-    overlapping = commands.add_parser(
+    _overlap_parser(commands.add_parser(
         "overlap", help="how much of the messages' time is hidden under the computation",
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=OVERLAP, epilog=_fields())
-    _plan_options(overlapping)
-    overlapping.add_argument("--ratio", type=float, metavar="R",
-                             help=f"choose a link on which messages alone take R of the computation's time ({RATIO:g})")
-    overlapping.add_argument("--json", metavar="FILE",
-                             help="write a list of objects, for the forward and for forward and backward: schedule, "
-                                  "part, rounds, link, link_shared; medians comm_seconds, compute_seconds, "
-                                  "both_seconds, exposed_seconds; hidden_fraction and hidden_by_waits, null where "
-                                  "verdict and verdict_by_waits say why; quartiles, [lower, upper] of each")
-    overlapping.add_argument("--repeats", type=int, default=REPEATS, metavar="K",
-                             help=f"rounds at most ({REPEATS}): {ROUNDS}, and more where they contradict each other")
-    _picture_options(overlapping, "a forward and backward")
-    _common(overlapping, preset=f"{MODEL[0]} --set {' '.join(MODEL[1])}", steps=None,
-            link="the machine's own link as it is: none; by default one is chosen, see above")
-    overlapping.set_defaults(run=_overlap, preset=None)
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=OVERLAP, epilog=_fields()))
     return parser
+
+
+def _overlap_parser(parser: argparse.ArgumentParser) -> None:
+    _plan_options(parser)
+    parser.add_argument("--ratio", type=float, metavar="R",
+                        help=f"choose a link on which messages alone take R of the computation's time ({RATIO:g})")
+    parser.add_argument("--json", metavar="FILE",
+                        help="write a list of objects, for the forward and for forward and backward: schedule, "
+                             "part, rounds, link, link_shared; medians comm_seconds, compute_seconds, "
+                             "both_seconds, exposed_seconds; hidden_fraction and hidden_by_waits, null where "
+                             "verdict and verdict_by_waits say why; quartiles, [lower, upper] of each")
+    parser.add_argument("--repeats", type=int, default=REPEATS, metavar="K",
+                        help=f"rounds at most ({REPEATS}): {ROUNDS}, and more where they contradict each other")
+    _picture_options(parser, "a forward and backward")
+    _common(parser, preset=f"{MODEL[0]} --set {' '.join(MODEL[1])}", steps=None,
+            link="the machine's own link as it is: none; by default one is chosen, see above")
+    parser.set_defaults(run=_overlap, preset=None)
 
 
 def _picture_options(parser: argparse.ArgumentParser, step: str) -> None:
