@@ -65,10 +65,13 @@ class Lane:
     messages: list[Message]
     clock_error: float = 0.0
 
+    def seconds(self, what: str) -> float:
+        """How long a rank computed, or waited."""
+        return sum((span.end - span.begin for span in self.spans if span.what == what), start=0.0)
+
     def share(self, what: str) -> float:
         """The part of its time that a rank computed, or waited."""
-        whole = self.spans[-1].end - self.spans[0].begin
-        return sum(span.end - span.begin for span in self.spans if span.what == what) / whole
+        return self.seconds(what) / (self.spans[-1].end - self.spans[0].begin)
 
     def moved(self, seconds: float) -> Lane:
         """The same, so much later."""
