@@ -153,7 +153,7 @@ def attend_strip(
 
 
 def write_rows(x: Array, tiles: list[int], queries: slice, length: int, rows: Array) -> None:
-    """Put rows [.., B, K/G, g·t, e] in the place of some tiles' queries in x [p, B, K/G, g·s, e]."""
+    """Put rows [p, B, K/G, g·t, e] in the place of some tiles' queries in x [p, B, K/G, g·s, e]."""
     if queries.stop - queries.start == length:
         x[tiles] = rows
         return
@@ -172,8 +172,8 @@ def attention_scores(xp: Namespace, q: Array, keys: Array, mask: Array, out: Arr
 
 
 def padded_together(q: Array, seen: Sequence[int]) -> list[list[int]]:
-    """The tiles of a stack q [p, B, K/G, g·s, e] in groups to be taken at a time, so that scores padded to the widest of
-    a group have at most PADDED_BYTES. Tiles that see nearly as many keys are taken together: little is padded."""
+    """The tiles of a stack q [p, B, K/G, g·s, e] in groups to be taken at a time, so that scores padded to the widest
+    of a group have at most PADDED_BYTES. Tiles that see nearly as many keys are taken together: little is padded."""
     each = math.prod(q.shape[1:4]) * q.dtype.itemsize
     groups: list[list[int]] = []
     for tile in sorted(range(len(seen)), key=seen.__getitem__):
