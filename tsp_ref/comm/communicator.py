@@ -29,14 +29,22 @@ DTYPES = tuple(map(np.dtype, ("float32", "float64", "int64", "uint8")))
 
 @dataclass(frozen=True)
 class Event:
-    """One call of a rank's script: that a message was posted, or waited for until it was complete."""
+    """One line of a rank's script: where in the step it is, what it computes, posts, and waits for until that is here.
 
-    what: str  # "post" or "wait"
-    request: int  # a number that the message's two events share
+    what   "enter": the rank is in this phase from here on; "compute": with a block and a stack of tiles; "post": a
+           message, counted by this phase; "wait": its end, if the rank had to ask for it
+    """
+
+    what: str
+    request: int = 0  # a number that a message's two events share, until another message is posted with it
     verb: str = ""
     peer: int = 0
     tag: int = 0
     size: int = 0  # bytes
+    phase: tuple[str, str] = ("", "")
+    block: int | None = None  # that is computed with, or that a message is about, where that is said
+    slot: int = 0  # the first of the stack
+    tiles: int = 0  # in the stack
 
 
 class Communicator(ABC):
@@ -67,6 +75,8 @@ class Communicator(ABC):
     @phase.setter
     def phase(self, phase: tuple[str, str]) -> None:
         self.ledger.phase = phase
+        if self.script is not None:
+            self.script.append(Event("enter", phase=phase))
         if self.timeline is not None:
             self.timeline.compute(phase)
 
@@ -75,13 +85,14 @@ class Communicator(ABC):
         """All other ranks, the next one first, so that not everyone speaks to rank 0 at once."""
         return [(self.rank + step) % self.size for step in range(1, self.size)]
 
-    def Isend(self, array: Array, dest: int, tag: int) -> Request:
-        """Start to send `array`. It is neither copied nor to be changed before the request is complete."""
-        return self._post(Request("send", array, self.rank, dest, tag))
+    def Isend(self, array: Array, dest: int, tag: int, block: int | None = None) -> Request:
+        """Start to send `array`. It is neither copied nor to be changed before the request is complete. `block`: the
+        one that the message is about, for those who look on."""
+        return self._post(Request("send", array, self.rank, dest, tag, block=block))
 
-    def Irecv(self, array: Array, source: int, tag: int) -> Request:
+    def Irecv(self, array: Array, source: int, tag: int, block: int | None = None) -> Request:
         """Start to receive into `array`, whose size must be the message's."""
-        return self._post(Request("receive", array, self.rank, source, tag))
+        return self._post(Request("receive", array, self.rank, source, tag, block=block))
 
     def travel_by(self, progress: str, link: Link | None) -> None:
         """How messages are to travel from now on: who helps them on (one of PROGRESS), and over which link."""
@@ -100,14 +111,17 @@ class Communicator(ABC):
         """The most bytes of pinned memory that messages were staged in at a time."""
         return 0
 
-    def progress(self, block: int, slot: int) -> None:
-        """Let messages under way move on, if that is asked for (`--progress poll`): the work on a tile begins.
+    def progress(self, block: int, slot: int, tiles: int = 1) -> None:
+        """Let messages in flight move on, if that is asked for (`--progress poll`): the work on a stack of tiles
+        begins, whose first slot is `slot`.
 
         MPI moves a large message only inside its own calls: one that was posted and then left alone for a computation
         will travel inside the `Wait` after it.
         """
+        if self.script is not None:
+            self.script.append(Event("compute", phase=self.phase, block=block, slot=slot, tiles=tiles))
         if self.timeline is not None:
-            self.timeline.compute(self.phase, block, slot)
+            self.timeline.compute(self.phase, block, slot, tiles)
         if self.progress_mode == "poll":
             for request in list(self._open.values()):
                 if self._advance(request):
@@ -190,15 +204,16 @@ class Communicator(ABC):
             raise MessageError(f"{request}: the array must be C-contiguous; send a copy, or lay it out so")
         if request.verb == "receive" and not getattr(array.flags, "writeable", True):
             raise MessageError(f"{request}: the array must be writeable")
+        phase = self.phase
         self.ledger.count(request.verb, request.tag, request.peer, request.array.nbytes)
         if self.timeline is not None:
-            self.timeline.post(request, self.phase)
+            self.timeline.post(request, phase)
         with self._lock:
             self._open[id(request)] = request
             self._start(request)
         if self.script is not None:
-            self.script.append(
-                Event("post", id(request), request.verb, request.peer, request.tag, request.array.nbytes))
+            self.script.append(Event("post", id(request), request.verb, request.peer, request.tag, array.nbytes,
+                                     phase, request.block))
         return request
 
     def _advance(self, request: Request) -> bool:

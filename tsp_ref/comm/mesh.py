@@ -23,17 +23,17 @@ class Axis(Communicator):
         self.members = members
         self.ledger = whole.ledger
 
-    def Isend(self, array: Array, dest: int, tag: int) -> Request:
+    def Isend(self, array: Array, dest: int, tag: int, block: int | None = None) -> Request:
         """Start to send `array` to the rank at place `dest`."""
-        return self.whole.Isend(array, self._member(dest, "send"), tag)
+        return self.whole.Isend(array, self._member(dest, "send"), tag, block)
 
-    def Irecv(self, array: Array, source: int, tag: int) -> Request:
+    def Irecv(self, array: Array, source: int, tag: int, block: int | None = None) -> Request:
         """Start to receive into `array` from the rank at place `source`."""
-        return self.whole.Irecv(array, self._member(source, "receive"), tag)
+        return self.whole.Irecv(array, self._member(source, "receive"), tag, block)
 
-    def progress(self, block: int, slot: int) -> None:
-        """Let messages under way move on, those of other axes too."""
-        self.whole.progress(block, slot)
+    def progress(self, block: int, slot: int, tiles: int = 1) -> None:
+        """Let messages in flight move on, those of other axes too."""
+        self.whole.progress(block, slot, tiles)
 
     def Test(self, request: Request) -> bool:
         """Whether the message is complete."""
@@ -85,9 +85,9 @@ class Mesh:
     weights: Communicator
     tokens: Communicator
 
-    def progress(self, block: int, slot: int) -> None:
-        """Let messages under way move on, along both axes."""
-        self.whole.progress(block, slot)
+    def progress(self, block: int, slot: int, tiles: int = 1) -> None:
+        """Let messages in flight move on, along both axes."""
+        self.whole.progress(block, slot, tiles)
 
     @property
     def phase(self) -> tuple[str, str]:

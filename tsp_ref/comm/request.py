@@ -24,6 +24,7 @@ class Request:
     error: MessageError | None = None  # what a thread that helped it on met
     noticed: bool = False  # that it is complete, for the timeline
     done: bool = False
+    block: int | None = None  # that the message is about
 
     def __str__(self) -> str:
         direction = "to" if self.verb == "send" else "from"

@@ -59,11 +59,11 @@ class VirtualCommunicator(Communicator):
             raise request.handle
         return True
 
-    def progress(self, block: int, slot: int) -> None:
+    def progress(self, block: int, slot: int, tiles: int = 1) -> None:
         """Let one message be delivered, if progress is asked for."""
         if self.progress_mode == "poll":
             self.world.deliver()
-        super().progress(block, slot)
+        super().progress(block, slot, tiles)
 
     def Test(self, request: Request) -> bool:
         """Whether the message is complete; before it answers, one message is delivered and others have a turn."""
