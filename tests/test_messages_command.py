@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
+from enum import IntEnum
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def check_totals(plan, ranks=4):
             of_phase = [line for line in lines if line.of.phase == (part, direction)]
             assert totals(of_phase) == {verb: ledger.sums(verb, part=part, direction=direction)
                                         for verb in ("send", "receive")}, (part, direction)
-            layers = [totals(line for line in of_phase if line.of.layer == layer) for layer in range(CONFIG.num_layers)]
+            layers = [totals([line for line in of_phase if line.of.layer == layer]) for layer in (0, 1)]
             assert part not in ("attention", "mlp") or layers[0] == layers[1], (part, direction)
         assert totals(lines) == {verb: ledger.sums(verb) for verb in ("send", "receive")}
 
@@ -81,15 +82,12 @@ def test_every_block_meets_every_slot_of_the_rank_in_each_layer_and_attention_s_
         met = Counter((line.here.phase, line.here.layer, line.here.recomputed, line.block, slot)
                       for line in lines if line.what == "compute" for slot in line.members)
         recomputed = {"none": (), "attention": ("attention",), "full": ("attention", "mlp")}[plan.recompute]
-        wanted = Counter()
-        for (part, direction), layer, anew in [
-                (phase, layer, anew) for phase in PHASES for anew in (False, True)
-                for layer in (range(CONFIG.num_layers) if phase[0] in ("attention", "mlp") else [None])]:
-            if part in ("loss", "gains", "optimizer") or (anew and (direction, part in recomputed) != ("backward", True)):
-                continue
-            wanted.update({((part, direction), layer, anew, block, slot): 2 if part == "attention" else 1
-                           for block in blocks_at_hand(plan, grid) for slot in grid.slots})
-        assert met == wanted
+        sublayers = [(*phase, False) for phase in PHASES if phase[0] not in ("loss", "gains", "optimizer")]
+        sublayers += [(part, "backward", True) for part in recomputed]
+        assert met == Counter({
+            ((part, direction), layer, anew, block, slot): 2 if part == "attention" else 1
+            for part, direction, anew in sublayers for layer in ((0, 1) if part in ("attention", "mlp") else (None,))
+            for block in blocks_at_hand(plan, grid) for slot in grid.slots})
 
 
 def blocks_at_hand(plan, grid):
@@ -135,10 +133,22 @@ def test_what_is_posted_for_another_sub_layer_is_marked_with_its_name():
     (lines, _, _, _), *_ = recorded(Plan("tsp"))
     text = score(lines, lambda visit: visit.phase[0] == "attention" and visit.layer == 1, 120)
     assert any(re.fullmatch(r"  Irecv .* MLP_WEIGHTS  for mlp 1", line) for line in text)
-    assert any(re.fullmatch(r"  wait .* MLP_GRADIENTS  of mlp 1", line) for line in text)
     assert "mlp forward, layer 0: what is of the sub-layers asked for" in text
     after = text[text.index("mlp forward, layer 0: what is of the sub-layers asked for") + 1]
     assert after.endswith("ATTENTION_WEIGHTS  for attention 1")
+    text = score(lines, lambda visit: visit.phase == ("mlp", "backward"), 120)
+    assert any(re.fullmatch(r"  wait .* MLP_GRADIENTS  of mlp 1", line) for line in text)
+
+
+def test_a_recomputed_forward_that_is_prefetched_under_a_backward_of_its_phase_is_told_from_it():
+    weights = IntEnum("Tag", ["WEIGHTS"]).WEIGHTS
+    attention, mlp = Event("enter", phase=("attention", "backward")), Event("enter", phase=("mlp", "backward"))
+    between = Event("enter", phase=("model", "backward"))
+    post = Event("post", 1, "send", 1, weights, 8, ("attention", "backward"), block=0)
+    layer = [attention, post, between, mlp, between, attention, post]
+    lines = lines_of([between, *layer, post, between, attention, between, mlp, between, attention, post], 2)
+    assert [(line.here.layer, line.of.layer, line.of.recomputed) for line in lines] == [
+        (1, 1, True), (1, 1, False), (1, 0, True), (0, 0, False)]
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

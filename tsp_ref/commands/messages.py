@@ -40,8 +40,8 @@ the one before is computed with.
   wait           the rank goes on when this message is complete; "from" it was received, "to" it was sent
 
 What is posted in one sub-layer for another is marked: "for mlp 1" is a prefetch for layer 1's MLP, "of mlp 1" are its
-gradients, deferred. Such a message is printed too where only the other sub-layer is asked for, under the name of the one
-in which it was posted. The last line counts all that was posted for what is asked for, wherever that was.
+gradients, deferred. Such a message is printed too where only the other sub-layer is asked for, under the name of the
+one in which it was posted. The last line counts all that was posted for what is asked for, wherever that was.
 """
 
 

@@ -108,27 +108,42 @@ def _with_layers(phases: list[tuple[str, str]], layers: int) -> list[Visit]:
     return found
 
 
-def belongs_to(here: Visit, event: Event, all_visits: Iterable[Visit]) -> Visit:
-    """The sub-layer that a message is posted for: this one, one to come, or for gradients one that is over."""
-    if event.phase == here.phase:
-        return here
-    alike = [visit for visit in all_visits if visit.phase == event.phase]
-    to_come = [visit for visit in alike if visit.number > here.number][:1]
-    over = [visit for visit in alike if visit.number < here.number and not visit.recomputed][-1:]
-    found = [*over, *to_come] if tag_name(event).endswith("GRADIENTS") else [*to_come, *over]
-    return found[0] if found else here
-
-
 def tag_name(event: Event) -> str:
     """The purpose of a message."""
     return str(getattr(event.tag, "name", event.tag))
+
+
+class Owners:
+    """Finds the sub-layer that a message is posted for, of all visits of a step. Asked message by message, in order."""
+
+    def __init__(self, all_visits: Iterable[Visit]) -> None:
+        self.visits = list(all_visits)
+        self.seen: set[tuple[Visit, str, str, int, int]] = set()  # weights that were posted for each visit
+
+    def of(self, here: Visit, event: Event) -> Visit:
+        """This one, one to come, or for gradients one that is over."""
+        tag, alike = tag_name(event), [visit for visit in self.visits if visit.phase == event.phase]
+        over = [visit for visit in alike if visit.number < here.number and not visit.recomputed][::-1]
+        to_come = [visit for visit in alike if visit.number > here.number]
+        if event.phase == here.phase:
+            found = [here, *to_come]
+        else:
+            found = [*over, *to_come] if tag.endswith("GRADIENTS") else [*to_come, *over]
+        if event.block is None or not tag.endswith("WEIGHTS"):
+            return next(iter(found), here)
+        # A forward that is recomputed is counted as the backward's, from which it may be prefetched. A sub-layer needs
+        # each block once: the second time it is for the next one.
+        key = event.verb, tag, event.peer, event.block
+        owner = next((visit for visit in found if (visit, *key) not in self.seen), here)
+        self.seen.add((owner, *key))
+        return owner
 
 
 def lines_of(script: list[Event], layers: int) -> list[Line]:
     """All that a rank computed, posted and waited for, each as a line of its own, in order. A message that it only
     looked after, and found complete, has no wait."""
     where = visits(script, layers)
-    distinct = {visit.number: visit for visit in where}.values()
+    owners = Owners(dict.fromkeys(where))
     in_flight: dict[int, Line] = {}
     lines = []
     for here, event in zip(where, script):
@@ -136,8 +151,8 @@ def lines_of(script: list[Event], layers: int) -> list[Line]:
             slots = list(range(event.slot, event.slot + event.tiles))
             lines.append(Line("compute", here, here, block=event.block, members=slots))
         elif event.what == "post":
-            post = Line(CALLS[event.verb], here, belongs_to(here, event, distinct), event.verb, tag_name(event),
-                        event.size, event.block, [event.peer])
+            post = Line(CALLS[event.verb], here, owners.of(here, event), event.verb, tag_name(event), event.size,
+                        event.block, [event.peer])
             in_flight[event.request] = post
             lines.append(post)
         elif event.what == "wait" and event.request in in_flight:
