@@ -5,10 +5,10 @@
     python benchmarks/virtual_overlap.py --schedule sp --jitter 0.2
 
 The real schedule runs on virtual ranks that have clocks (comm/virtual_time.py): computation costs the floating-point
-operations of its matrix products, messages cost bytes over bandwidth on a link between each pair of ranks. The bandwidth
-is chosen so that messages alone take `--ratio` of what computation alone takes. Hidden is
-(messages + computation - both) / min(messages, computation), of the slowest rank. The model is small, of the preset
-bench's proportions; seconds mean nothing here, shares do.
+operations of its matrix products, messages cost bytes over bandwidth on a link between each pair of ranks. The
+bandwidth is chosen so that messages alone take `--ratio` of what computation alone takes. Hidden is (messages +
+computation - both) / min(messages, computation), of the slowest rank. The model is small, of the preset bench's
+proportions; seconds mean nothing here, shares do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

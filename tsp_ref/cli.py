@@ -12,8 +12,9 @@ from .backends.gpu import BACKENDS, Backend, open_backend
 from .comm.communicator import PROGRESS, Communicator
 from .comm.control import agreed
 from .comm.link import parse_link
-from .comm.mpi import launcher_rank
+from .comm.mpi import launched, launcher_rank
 from .commands.compare import compare
+from .commands.messages import DIRECTIONS, HELP, PARTS, Choice, MessagesOptions, messages, small_grid
 from .commands.overlap import MODEL, RATIO, REPEATS, ROUNDS, OverlapOptions, overlap
 from .commands.timeline import PictureOptions
 from .commands.train import TrainOptions, train
@@ -33,6 +34,7 @@ what a single process computes.
   python -m tsp_ref train --ranks 4               the same, as 4 virtual ranks of one process: no MPI needed
   mpirun -n 4 python -m tsp_ref verify            4 ranks against one process, a verdict for each tensor
   mpirun -n 8 python -m tsp_ref compare           TP, SP, TP+SP on every mesh and TSP, side by side
+  python -m tsp_ref messages --rank 1 --part mlp  what a rank posts, computes and waits for, in order
   python -m tsp_ref train --digest --schedule single --preset tiny
 """
 
@@ -98,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="tsp-ref", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_fields())
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | verify | compare | overlap")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="train | verify | compare | overlap | messages")
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _fields()}
 
     training = commands.add_parser(
@@ -137,6 +140,7 @@ def _parser() -> Parser:
     _overlap_parser(commands.add_parser(
         "overlap", help="how much of the messages' time is hidden under the computation",
         formatter_class=argparse.RawDescriptionHelpFormatter, description=OVERLAP, epilog=_fields()))
+    _messages_parser(commands, form)
     return parser
 
 
@@ -155,6 +159,19 @@ def _overlap_parser(parser: argparse.ArgumentParser) -> None:
     _common(parser, preset=f"{MODEL[0]} --set {' '.join(MODEL[1])}", steps=None,
             link="the machine's own link as it is: none; by default one is chosen, see above")
     parser.set_defaults(run=_overlap, preset=None)
+
+
+def _messages_parser(commands: Any, form: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "messages", help="what one rank posts, computes and waits for in a step, in order", **form,
+        description=HELP)
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="whose step is printed (0)")
+    parser.add_argument("--part", metavar="|".join(PARTS), help="only this sub-layer (all)")
+    parser.add_argument("--direction", metavar="|".join(DIRECTIONS), help="only the forward, or only the backward")
+    parser.add_argument("--layer", type=int, metavar="I", help="only this layer's attention and MLP, from 0 on")
+    _plan_options(parser)
+    _common(parser, preset="tiny, in 4 blocks and 8 tiles on up to 4 ranks", steps="one is printed")
+    parser.set_defaults(run=_messages, preset=None)
 
 
 def _picture_options(parser: argparse.ArgumentParser, step: str) -> None:
@@ -285,6 +302,21 @@ def _overlap(options: argparse.Namespace) -> int:
     request = OverlapOptions(_config(options), _plan(options), options.text, options.json, options.repeats,
                              options.link, options.link_shared, options.ratio, _pictures(options))
     return _start(options, lambda comm, backend: overlap(comm, request, backend))
+
+
+def _messages(options: argparse.Namespace) -> int:
+    if options.ranks is None and not launched():
+        options.ranks = 4
+
+    def config_for(ranks: int) -> Config:
+        if options.preset is not None:
+            return _config(options)
+        settings = small_grid(ranks) + options.settings
+        return _config(argparse.Namespace(**{**vars(options), "preset": "tiny", "settings": settings}))
+
+    request = MessagesOptions(config_for, _plan(options), options.rank,
+                              Choice(options.part, options.direction, options.layer), options.text)
+    return _start(options, lambda comm, backend: messages(comm, request, backend))
 
 
 def _fields() -> str:

@@ -23,7 +23,7 @@ def replay(comm: Communicator, script: list[Event], xp: Namespace = np) -> None:
             buffer = spare.pop() if spare else xp.zeros(event.size, dtype=np.uint8)
             start = comm.Isend if event.verb == "send" else comm.Irecv
             under_way[event.request] = start(buffer, event.peer, event.tag)
-        elif event.request in under_way:
+        elif event.what == "wait" and event.request in under_way:
             request = under_way.pop(event.request)
             comm.Wait(request)
             idle[request.verb, request.array.nbytes].append(request.array)

@@ -1,8 +1,8 @@
 """Virtual ranks with clocks: how long a schedule would take where computation and messages cost what they are said to.
 
-Every rank has a clock. What it computes moves the clock on, by the work that it reports; a message takes its link's time
-from the moment at which both sides have posted it and the link is free, whatever the ranks do meanwhile (progress is
-ideal); a wait moves the clock to the message's end. Ranks advance in the order of their clocks, so whether something
+Every rank has a clock. What it computes moves the clock on, by the work that it reports; a message takes its link's
+time from the moment at which both sides have posted it and the link is free, whatever the ranks do meanwhile (progress
+is ideal); a wait moves the clock to the message's end. Ranks advance in the order of their clocks, so whether something
 has arrived is answered as of that moment. The code that runs, and the bits that it computes, are the real ones.
 """
 
