@@ -12,6 +12,11 @@ from .order import backwards_from, owned_blocks, rounds
 from .tags import Tag
 
 
+FIRST = 4
+"""Blocks of a broadcast that are posted while the sub-layer before is still at work: small ones, under a long work (chosen
+by measurement in virtual time)."""
+
+
 class Ring:
     """The blocks of a tensor go round, rank r -> r+1. A rank uses its own first, then its left neighbour's, and so on,
     in rounds of one block of each owner:
@@ -90,7 +95,7 @@ class Broadcast:
 
     def start(self) -> None:
         """Post the first blocks."""
-        self.post(PREFETCH)
+        self.post(FIRST)
 
     def post(self, until: int) -> None:
         """Of the blocks before step `until`: Isend this rank's own to all, Irecv every other from its owner."""
@@ -115,7 +120,3 @@ class Broadcast:
     def finish(self) -> None:
         """Wait for the sends."""
         self.comm.Waitall(self.sends)
-
-
-PREFETCH = 2
-"""Blocks of a broadcast that are in flight while one is used."""
