@@ -6,14 +6,14 @@ loops over blocks and stacks stand in the sub-layers, where what travels meanwhi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from ..arrays import Array
 from ..grid.grid import Stack
 from ..grid.tree import Tree, add
 from ..ops import attention, embedding, loss, mlp, norm
-from .activations import AttentionSaved, HeadSaved, MlpSaved
+from .activations import AttentionSaved, Heads, HeadSaved, MlpSaved
 from .model import Model
 from .parameters import Parameters, attention_views, mlp_views
 
@@ -83,16 +83,20 @@ def embed_backward(
     dtable.add_stack(stack.slots, leaves)
 
 
-def keep_block(model: Model, saved: AttentionSaved, block: int) -> None:
-    """Make room for what a block of heads keeps of this rank's tiles."""
+def keep_blocks(model: Model, saved: AttentionSaved, blocks: range) -> None:
+    """Make room for what some blocks of heads keep of this rank's tiles: for one, or for all that it attends with."""
     config, count = model.config, len(model.grid.slots)
     batch, kv_heads, length, head_dim = (
         config.batch_size, config.kv_heads_per_block, config.tile_len, config.head_dim)
-    rows = count, batch, kv_heads, config.group_size * length
-    saved.keys_values[block] = model.empty("activations", count, 2, batch, kv_heads, length, head_dim)
-    saved.q[block] = model.empty("activations", *rows, head_dim)
-    saved.heads[block] = model.empty("activations", *rows, head_dim)
-    saved.logsumexp[block] = model.empty("activations", *rows, 1)
+    rows = count, len(blocks), batch, kv_heads, config.group_size * length
+    kept = Heads(blocks, model.empty("activations", count, 2, len(blocks), batch, kv_heads, length, head_dim),
+                 *(model.empty("activations", *rows, width) for width in (head_dim, head_dim, 1)))
+    if len(blocks) > 1:
+        saved.together = kept
+    for number, block in enumerate(blocks):
+        saved.keys_values[block] = kept.keys_values[:, :, number]
+        saved.q[block], saved.heads[block] = kept.q[:, number], kept.heads[:, number]
+        saved.logsumexp[block] = kept.logsumexp[:, number]
 
 
 def project(model: Model, normed: Array, packed: Array, saved: AttentionSaved, block: int, stack: Stack) -> None:
@@ -120,33 +124,42 @@ def project_backward(
     return dnormed
 
 
-def attend(model: Model, keys_values: Array, packed: Array, saved: AttentionSaved, block: int, stack: Stack) -> Array:
-    """A stack's attention to the keys and values of the whole sequence [2, B, K/G, S, e], and its term of the output
-    [p, B, s, h]."""
-    tiles, visible = stack.tiles, [model.grid.visible(slot) for slot in stack.slots]
+def attend(model: Model, keys_values: Array, saved: AttentionSaved, blocks: range, stack: Stack) -> None:
+    """A stack's attention, with some blocks of heads, to the keys and values of the whole sequence
+    [2, m·B, K/G, S, e]; the heads' output is written where it is kept."""
+    kept, visible = saved.of_blocks(blocks), [model.grid.visible(slot) for slot in stack.slots]
+    q, heads, logsumexp = (flat(x[stack.tiles]) for x in (kept.q, kept.heads, kept.logsumexp))
+    attention.attend_forward(model.xp, q, keys_values, visible, model.mask, out=(heads, logsumexp))
+
+
+def output(model: Model, packed: Array, saved: AttentionSaved, block: int, stack: Stack) -> Array:
+    """A stack's term of the attention's output with a block [p, B, s, h]."""
     _, wo = attention_views(model.config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-    heads = saved.heads[block][tiles]
-    attention.attend_forward(model.xp, saved.q[block][tiles], keys_values, visible, model.mask,
-                   out=(heads, saved.logsumexp[block][tiles]))
-    return attention.out_forward(model.xp, heads, wo, model.config.tile_len)
+    return attention.out_forward(model.xp, saved.heads[block][stack.tiles], wo, model.config.tile_len)
 
 
 def attend_backward(
-    model: Model, dy: Array, keys_values: Array, packed: Array, saved: AttentionSaved, block: int, stack: Stack,
-    dkeys_values: Tree[Array]
+    model: Model, dy: Array, keys_values: Array, packed: Iterable[Array], saved: AttentionSaved, blocks: range,
+    stack: Stack, dkeys_values: Tree[Array]
 ) -> Array:
-    """A stack's dq [p, B, K/G, g·s, e]; what each tile gives to the keys and values that it sees is added to
-    `dkeys_values`."""
-    tiles, visible = stack.tiles, [model.grid.visible(slot) for slot in stack.slots]
-    _, wo = attention_views(model.config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-    heads = saved.heads[block][tiles]
-    dheads = attention.out_backward(model.xp, dy[tiles], heads, wo)
+    """A stack's dq with some blocks [p, m, B, K/G, g·s, e]; what each tile gives to the keys and values that it sees
+    [2, m·B, K/G, n, e] is added to `dkeys_values`."""
+    kept, visible = saved.of_blocks(blocks), [model.grid.visible(slot) for slot in stack.slots]
+    q, heads, logsumexp = (x[stack.tiles] for x in (kept.q, kept.heads, kept.logsumexp))
+    dheads = model.xp.empty_like(q)  # [p, m, B, K/G, g*s, e]
+    for number, block in enumerate(packed):
+        _, wo = attention_views(model.config, block)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+        dheads[:, number] = attention.out_backward(model.xp, dy[stack.tiles], heads[:, number], wo)
     dq, given = attention.attend_backward(
-        model.xp, dheads, saved.q[block][tiles], keys_values, visible, model.mask, heads,
-        saved.logsumexp[block][tiles])
+        model.xp, flat(dheads), flat(q), keys_values, visible, model.mask, flat(heads), flat(logsumexp), len(blocks))
     for slot, gradient in zip(stack.slots, given):
         dkeys_values.add(slot, gradient)
-    return dq
+    return dq.reshape(q.shape)  # [p, m*B, K/G, g*s, e] -> [p, m, B, K/G, g*s, e]
+
+
+def flat(x: Array) -> Array:
+    """Blocks and sequences as one axis: [p, m, B, ...] -> [p, m·B, ...]."""
+    return x.reshape(len(x), -1, *x.shape[3:])
 
 
 def keys_values_tree(model: Model) -> Tree[Array]:
@@ -155,20 +168,29 @@ def keys_values_tree(model: Model) -> Tree[Array]:
 
 
 def in_order_of_text(model: Model, tiles_of: dict[int, Array]) -> Array:
-    """Keys and values of the whole sequence [2, B, K/G, S, e] from those of the ranks' tiles: place on the axis of
-    tokens -> [p, 2, B, K/G, s, e]."""
+    """Keys and values of the whole sequence [2, m·B, K/G, S, e] from those of the ranks' tiles: place on the axis of
+    tokens -> [p, 2, m·B, K/G, s, e]."""
     config, grid = model.config, model.grid
-    shape = 2, config.batch_size, config.kv_heads_per_block, config.tiles, config.tile_len, config.head_dim
-    by_tile = model.empty("buffers" if len(tiles_of) > 1 else "working", *shape)  # [2, B, K/G, T, s, e]
+    _, _, batch, kv_heads, length, head_dim = next(iter(tiles_of.values())).shape
+    shape = 2, batch, kv_heads, config.tiles, length, head_dim
+    by_tile = model.empty("buffers" if len(tiles_of) > 1 else "working", *shape)  # [2, m*B, K/G, T, s, e]
     for place, tiles in tiles_of.items():
         by_tile[:, :, :, grid.tiles_of(place)] = tiles.transpose(1, 2, 3, 0, 4, 5)
-    return by_tile.reshape(*shape[:3], config.seq_len, config.head_dim)  # -> [2, B, K/G, S, e]
+    return by_tile.reshape(*shape[:3], config.seq_len, head_dim)  # -> [2, m*B, K/G, S, e]
+
+
+def keys_values_of(model: Model, saved: AttentionSaved, blocks: range) -> Array:
+    """Those of some blocks, for one who holds all tiles [2, m·B, K/G, S, e]."""
+    kept = saved.of_blocks(blocks).keys_values
+    return in_order_of_text(model, {0: kept.reshape(*kept.shape[:2], -1, *kept.shape[4:])})
 
 
 def in_order_of_slots(model: Model, whole: Array) -> Array:
-    """The other way round, for one who holds all tiles: [2, B, K/G, S, e] -> [p, 2, B, K/G, s, e]."""
-    by_tile = whole.reshape(*whole.shape[:3], -1, model.config.tile_len, whole.shape[-1])  # -> [2, B, K/G, T, s, e]
-    return by_tile[:, :, :, model.grid.tiles_of(0)].transpose(3, 0, 1, 2, 4, 5)  # -> [p, 2, B, K/G, s, e]
+    """The other way round, for one who holds all tiles: [2, m·B, K/G, S, e] -> [p, 2, m, B, K/G, s, e]."""
+    config = model.config
+    by_tile = whole.reshape(2, -1, config.batch_size, config.kv_heads_per_block, config.tiles, config.tile_len,
+                            config.head_dim)  # -> [2, m, B, K/G, T, s, e]
+    return by_tile[:, :, :, :, model.grid.tiles_of(0)].transpose(4, 0, 1, 2, 3, 5, 6)  # -> [p, 2, m, B, K/G, s, e]
 
 
 def keep_projected(model: Model, saved: MlpSaved, block: int) -> None:

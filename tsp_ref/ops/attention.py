@@ -202,7 +202,7 @@ def with_column(xp: Namespace, x: Array, column: Array | float) -> Array:
 
 def attend_backward(
     xp: Namespace, dheads: Array, q: Array, keys_values: Array, visible: Sequence[int], mask: Array, heads: Array,
-    logsumexp: Array
+    logsumexp: Array, blocks: int = 1
 ) -> tuple[Array, list[Array]]:
     """The softmax is recomputed from its log-sum-exp, so no [g·s, n] array is ever kept, nor made: the work goes by
     chunks of keys that fit the cache. The plain form, with p the softmax, and all of it at once:
@@ -213,7 +213,8 @@ def attend_backward(
     of ones: so it costs no pass over the result. A tile's keys before its own are met tile by tile, its own by all
     tiles of the stack at once: of those each sees as many.
 
-    dheads [p, B, K/G, g·s, e] -> dq [p, B, K/G, g·s, e] and, for each tile, dk and dv [2, B, K/G, n, e].
+    dheads [p, B, K/G, g·s, e] -> dq [p, B, K/G, g·s, e] and, for each tile, dk and dv [2, B, K/G, n, e]. B may be the
+    sequences of several `blocks`: the chunks, and so the bits, are those of one.
     """
     length, scale = mask.shape[0], q.shape[-1] ** -0.5
     scaled = q * scale
@@ -227,7 +228,7 @@ def attend_backward(
     before = [seen - length for seen in visible]
     for tiles in padded_together(q, visible):
         each = [(queries[tile], centred[tile], scaled[tile], dheads[tile]) for tile in tiles]
-        for first, widths in chunks_before(q, [before[tile] for tile in tiles]):
+        for first, widths in chunks_before(q, blocks, [before[tile] for tile in tiles]):
             before_backward(xp, each, wide, first, widths, out=[(dq[tile], dkeys_values[tile]) for tile in tiles])
     tiles = [seen // length - 1 for seen in visible]
     by_tile = wide.reshape(*wide.shape[:3], -1, length, wide.shape[-1])  # [2, B, K/G, S, e+1] -> [2, B, K/G, T, s, e+1]
@@ -280,10 +281,10 @@ def before_backward(
             dq += slopes[..., :width] @ plain[:, :, first : first + width]
 
 
-def chunks_before(q: Array, before: list[int]) -> list[tuple[int, list[int]]]:
+def chunks_before(q: Array, blocks: int, before: list[int]) -> list[tuple[int, list[int]]]:
     """The keys before some tiles in chunks (first, how many of them each tile sees): so many that their scores against
-    all queries of a tile q [p, B, K/G, g·s, e] take about CHUNK_BYTES."""
-    step = max(DIAGONAL, CHUNK_BYTES // (math.prod(q.shape[1:4]) * q.dtype.itemsize))
+    all queries of a tile q [p, B, K/G, g·s, e], of one of the blocks, take about CHUNK_BYTES."""
+    step = max(DIAGONAL, CHUNK_BYTES // (math.prod(q.shape[1:4]) // blocks * q.dtype.itemsize))
     return [(first, [min(step, max(0, count - first)) for count in before]) for first in range(0, max(before), step)]
 
 

@@ -42,13 +42,17 @@ def attention_forward(model: Model, x: Array, weights: Parameters, layer: int) -
     """x plus the attention of the normed x [p, B, s, h]."""
     normed = tilewise.normalise(model, x, weights.gains[2 * layer])
     output, saved = BlockSums(model), AttentionSaved(x)
+    tilewise.keep_blocks(model, saved, model.grid.blocks)
     for block, packed in zip(model.grid.blocks, weights.attention[layer]):
-        tilewise.keep_block(model, saved, block)
         for stack in model.stacks:
             tilewise.project(model, normed, packed, saved, block, stack)
-        keys_values = tilewise.in_order_of_text(model, {0: saved.keys_values[block]})  # -> [2, B, K/G, S, e]
+    for blocks in model.head_groups:
+        whole = tilewise.keys_values_of(model, saved, blocks)  # -> [2, m*B, K/G, S, e]
         for stack in model.stacks:
-            output.add(stack, block, tilewise.attend(model, keys_values, packed, saved, block, stack))
+            tilewise.attend(model, whole, saved, blocks, stack)
+            for block in blocks:
+                packed = weights.attention[layer][block]
+                output.add(stack, block, tilewise.output(model, packed, saved, block, stack))
     return tilewise.add_residual(model, x, output.finish()), saved
 
 
@@ -60,17 +64,21 @@ def attention_backward(
     gain = weights.gains[2 * layer]
     normed = tilewise.normalise(model, saved.x, gain)
     dnormed = BlockSums(model)
-    for block, packed, out in zip(model.grid.blocks, weights.attention[layer], gradients.attention[layer]):
-        keys_values = tilewise.in_order_of_text(model, {0: saved.keys_values[block]})  # -> [2, B, K/G, S, e]
-        dq, given = model.empty("working", *saved.q[block].shape), tilewise.keys_values_tree(model)
+    for blocks in model.head_groups:
+        packed = weights.attention[layer][blocks.start : blocks.stop]  # [m, size of a packed block]
+        whole, given = tilewise.keys_values_of(model, saved, blocks), tilewise.keys_values_tree(model)
+        dq = model.empty("working", *saved.of_blocks(blocks).q.shape)  # [p, m, B, K/G, g*s, e]
         for stack in model.stacks:
-            dq[stack.tiles] = tilewise.attend_backward(model, dy, keys_values, packed, saved, block, stack, given)
-        dkeys_values = tilewise.in_order_of_slots(model, given.total)  # [2, B, K/G, S, e] -> [p, 2, B, K/G, s, e]
-        dweights = Tree[Array](range(model.config.tiles))
-        for stack in model.stacks:
-            dnormed.add(stack, block, tilewise.project_backward(
-                model, dy, dq, dkeys_values, normed, packed, saved, block, stack, dweights))
-        out[...] = dweights.total
+            dq[stack.tiles] = tilewise.attend_backward(model, dy, whole, packed, saved, blocks, stack, given)
+        dkeys_values = tilewise.in_order_of_slots(model, given.total)  # -> [p, 2, m, B, K/G, s, e]
+        del whole, given
+        for number, block in enumerate(blocks):
+            dweights = Tree[Array](range(model.config.tiles))
+            for stack in model.stacks:
+                dnormed.add(stack, block, tilewise.project_backward(
+                    model, dy, dq[:, number], dkeys_values[:, :, number], normed, packed[number], saved, block, stack,
+                    dweights))
+            gradients.attention[layer][block] = dweights.total
     dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer])
     dx += dy
     return dx

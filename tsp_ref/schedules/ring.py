@@ -11,10 +11,9 @@ from ..model.model import Model
 from .order import backwards_from, owned_blocks, rounds
 from .tags import Tag
 
-
 FIRST = 4
-"""Blocks of a broadcast that are posted while the sub-layer before is still at work: small ones, under a long work (chosen
-by measurement in virtual time)."""
+"""Blocks of a broadcast that are posted while the sub-layer before is still at work: small ones, under a long work
+(chosen by measurement in virtual time)."""
 
 
 class Ring:

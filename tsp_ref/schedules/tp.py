@@ -62,17 +62,19 @@ def attention_forward(
     """x plus the attention of the normed x [p, B, s, h]."""
     normed = tilewise.normalise(model, x, weights.gains[2 * layer])
     output, saved = AllReduceTiles(comm, model, Tag.ATTENTION_SUMS), AttentionSaved(x)
-    whole: dict[int, Array] = {}
-    for block, packed in zip(model.grid.blocks, weights.attention[layer]):
-        tilewise.keep_block(model, saved, block)
+    packed = dict(zip(model.grid.blocks, weights.attention[layer]))
+    tilewise.keep_blocks(model, saved, model.grid.blocks)
+    for block in model.grid.blocks:
         for stack in model.stacks:
             comm.progress(block, *stack.place)
-            tilewise.project(model, normed, packed, saved, block, stack)
-        whole[block] = tilewise.in_order_of_text(model, {0: saved.keys_values[block]})  # -> [2, B, K/G, S, e]
+            tilewise.project(model, normed, packed[block], saved, block, stack)
+    whole = [tilewise.keys_values_of(model, saved, blocks) for blocks in model.head_groups]
     for stack in model.stacks:
-        for block, packed in zip(model.grid.blocks, weights.attention[layer]):
-            comm.progress(block, *stack.place)
-            output.add(stack, block, tilewise.attend(model, whole[block], packed, saved, block, stack))
+        for keys_values, blocks in zip(whole, model.head_groups):
+            comm.progress(blocks.start, *stack.place)
+            tilewise.attend(model, keys_values, saved, blocks, stack)
+            for block in blocks:
+                output.add(stack, block, tilewise.output(model, packed[block], saved, block, stack))
     return tilewise.add_residual(model, x, output.finish()), saved
 
 
@@ -85,19 +87,24 @@ def attention_backward(
     gain = weights.gains[2 * layer]
     normed = tilewise.normalise(model, saved.x, gain)
     dnormed = AllReduceTiles(comm, model, Tag.ATTENTION_SUMS)
-    for block, packed, out in zip(model.grid.blocks, weights.attention[layer], gradients.attention[layer]):
-        whole = tilewise.in_order_of_text(model, {0: saved.keys_values[block]})  # -> [2, B, K/G, S, e]
-        dq, given = model.empty("working", *saved.q[block].shape), tilewise.keys_values_tree(model)
+    own = model.grid.blocks.start
+    for blocks in model.head_groups:
+        packed = weights.attention[layer][blocks.start - own : blocks.stop - own]  # [m, size of a packed block]
+        whole, given = tilewise.keys_values_of(model, saved, blocks), tilewise.keys_values_tree(model)
+        dq = model.empty("working", *saved.of_blocks(blocks).q.shape)  # [p, m, B, K/G, g*s, e]
         for stack in model.stacks:
-            comm.progress(block, *stack.place)
-            dq[stack.tiles] = tilewise.attend_backward(model, dy, whole, packed, saved, block, stack, given)
-        dkeys_values = tilewise.in_order_of_slots(model, given.total)  # [2, B, K/G, S, e] -> [p, 2, B, K/G, s, e]
-        dweights = Tree[Array](range(model.config.tiles))
-        for stack in model.stacks:
-            comm.progress(block, *stack.place)
-            dnormed.add(stack, block, tilewise.project_backward(
-                model, dy, dq, dkeys_values, normed, packed, saved, block, stack, dweights))
-        out[...] = dweights.total
+            comm.progress(blocks.start, *stack.place)
+            dq[stack.tiles] = tilewise.attend_backward(model, dy, whole, packed, saved, blocks, stack, given)
+        dkeys_values = tilewise.in_order_of_slots(model, given.total)  # -> [p, 2, m, B, K/G, s, e]
+        del whole, given
+        for number, block in enumerate(blocks):
+            dweights = Tree[Array](range(model.config.tiles))
+            for stack in model.stacks:
+                comm.progress(block, *stack.place)
+                dnormed.add(stack, block, tilewise.project_backward(
+                    model, dy, dq[:, number], dkeys_values[:, :, number], normed, packed[number], saved, block, stack,
+                    dweights))
+            gradients.attention[layer][block - own] = dweights.total
     dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer])
     dx += dy
     return dx

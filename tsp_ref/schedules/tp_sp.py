@@ -82,7 +82,7 @@ def attention_forward(
     for step in range(len(blocks) + AHEAD):
         if step < len(blocks):
             block = model.grid.blocks[step]
-            tilewise.keep_block(model, saved, block)
+            tilewise.keep_blocks(model, saved, range(block, block + 1))
             for stack in model.stacks:
                 mesh.progress(block, *stack.place)
                 tilewise.project(model, normed, blocks[block], saved, block, stack)
@@ -92,7 +92,8 @@ def attention_forward(
             whole = gather.wait()  # -> [2, B, K/G, S, e]
             for stack in model.stacks:
                 mesh.progress(block, *stack.place)
-                output.add(stack, block, tilewise.attend(model, whole, blocks[block], saved, block, stack))
+                tilewise.attend(model, whole, saved, range(block, block + 1), stack)
+                output.add(stack, block, tilewise.output(model, blocks[block], saved, block, stack))
             del whole  # before the next block's are put together
     return tilewise.add_residual(model, x, output.finish()), saved
 
@@ -125,7 +126,7 @@ def attention_backward(
             for stack in model.stacks:
                 mesh.progress(block, *stack.place)
                 dq[stack.tiles] = tilewise.attend_backward(
-                    model, dy, whole, blocks[block], saved, block, stack, given)
+                    model, dy, whole, [blocks[block]], saved, range(block, block + 1), stack, given)[:, 0]
             del whole  # before the next block's are put together
             attended.append((dq, ScatterKeysValues(mesh.tokens, model, given, block)))
             del given

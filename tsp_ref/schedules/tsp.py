@@ -68,7 +68,7 @@ def embedding_backward(
 ) -> ReduceToOwner:
     """Sends the embedding's gradients to their owners; where the head is tied to it, they are added to the head's.
 
-    The rows themselves are not needed, so nothing circulates: every rank works for each owner in turn, as in the ring.
+    The rows themselves are not needed, so nothing circulates: every rank works for the owners in the ring's order.
     """
     owned, tied = owned_blocks(model.grid), model.config.tied_head
     reduce = ReduceToOwner(comm, model, gradients.embedding, owned, Tag.EMBEDDING_GRADIENTS, tied=tied)
@@ -104,7 +104,7 @@ def attention_forward(
             _, block = heads.order[step]
             packed = heads.wait(step)  # until this block is here
             heads.post(step + 1 + AHEAD)  # Isend, or Irecv, those of the next steps
-            tilewise.keep_block(model, saved, block)
+            tilewise.keep_blocks(model, saved, range(block, block + 1))
             for stack in model.stacks:
                 comm.progress(block, *stack.place)
                 tilewise.project(model, normed, packed, saved, block, stack)
@@ -117,7 +117,8 @@ def attention_forward(
             whole = gather.wait()  # -> [2, B, K/G, S, e]
             for stack in model.stacks:
                 comm.progress(block, *stack.place)
-                output.add(stack, block, tilewise.attend(model, whole, packed, saved, block, stack))
+                tilewise.attend(model, whole, saved, range(block, block + 1), stack)
+                output.add(stack, block, tilewise.output(model, packed, saved, block, stack))
             del whole  # before the next block's are put together
     heads.finish()
     return tilewise.add_residual(model, x, output.finish()), saved
@@ -149,10 +150,11 @@ def attention_backward(
             packed, whole = heads.wait(step), gather.wait()  # -> [2, B, K/G, S, e]
             heads.post(step + 1 + AHEAD)
             gather.post(step + 1 + AHEAD)
-            dq, given = model.empty("working", *saved.q[block].shape), tilewise.keys_values_tree(model)
+            this, given = range(block, block + 1), tilewise.keys_values_tree(model)
+            dq = model.empty("working", *saved.q[block].shape)  # [p, B, K/G, g*s, e]
             for stack in model.stacks:
                 comm.progress(block, *stack.place)
-                dq[stack.tiles] = tilewise.attend_backward(model, dy, whole, packed, saved, block, stack, given)
+                dq[stack.tiles] = tilewise.attend_backward(model, dy, whole, [packed], saved, this, stack, given)[:, 0]
             del whole  # before the next block's are put together
             attended.append((owner, block, packed, dq, ScatterKeysValues(comm, model, given, block)))
             del given
