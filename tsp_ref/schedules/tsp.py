@@ -325,7 +325,7 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
         if model.recompute == "full":
             x, _ = attention_forward(comm, model, attention.x, weights, layer, messages.heads_again,
                                      [messages.ring_again], attention)
-            _, saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer, messages.ring_again, [messages.ring])
+            saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer, messages.ring_again, [messages.ring])[1]
             del x  # which the MLP's backward is the last to need
         dx, reduce_mlp = mlp_backward(
             comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain, messages.ring,
