@@ -89,7 +89,8 @@ def refusal(arguments: list[str]) -> str:
     help."""
     try:
         options = cli._parser().parse_args(arguments)
-        make_config(options.preset, options.settings)
+        # Without a preset a command chooses one for itself; the fields that may be set are the same.
+        make_config(options.preset or "small", options.settings)
     except UserError as error:
         return str(error)
     except SystemExit as ended:
