@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tsp_ref.arrays import Array, Tiles
+from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.mesh import make_mesh
@@ -18,12 +18,15 @@ from tsp_ref.model.config import Config, make_config
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, initial_parameters, named_views, zero_parameters
 from tsp_ref.reference import single
-from tsp_ref.schedules import tp_sp
-from tsp_ref.schedules.collectives import finish_all
+from tsp_ref.schedules import sp, tp, tp_sp, tsp
+from tsp_ref.schedules.gradients import AllReduceGradients
 from tsp_ref.training.collect import digest
 from tsp_ref.training.data import Text
 from tsp_ref.training.loop import Training
-from tsp_ref.training.strategy import ON_ONE_AXIS, Plan, mesh_sides, meshes
+from tsp_ref.training.strategy import Plan, mesh_sides, meshes
+
+MODULES = {"tp": tp, "sp": sp, "tp+sp": tp_sp, "tsp": tsp}
+"""Every schedule, by the name that a plan gives it."""
 
 SMALL = dict(num_layers=2, hidden_size=32, ffn_size=48, seq_len=32)
 
@@ -54,9 +57,9 @@ def random_batch(config: Config, seed: int = 1) -> tuple[Array, Array]:
     return both[0], both[1]
 
 
-def cut(model: Model, whole: Array) -> Tiles:
-    """A whole [B, S, ...] as this rank's tiles."""
-    return {slot: np.ascontiguousarray(whole[:, model.grid.tokens(slot)]) for slot in model.grid.slots}
+def cut(model: Model, whole: Array) -> Array:
+    """A whole [B, S, ...] as this rank's tiles [p, B, s, ...]."""
+    return np.stack([whole[:, model.grid.tokens(slot)] for slot in model.grid.slots])
 
 
 def plans(schedule: str, ranks: int, **options: Any) -> list[Plan]:
@@ -105,10 +108,8 @@ def perturbed_parameters(model: Model, seed: int = 7) -> Parameters:
 class Calls:
     """The functions of a reference or schedule with their first arguments filled in: Calls(tsp, comm, model)."""
 
-    def __init__(self, module: ModuleType, *context: Any, finish: Callable[[], None] = lambda: None) -> None:
-        """finish: sees off what parts that are run by themselves have left under way."""
+    def __init__(self, module: ModuleType, *context: Any) -> None:
         self._module, self._context = module, context
-        self.finish = finish
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         return partial(getattr(self._module, name), *self._context)
@@ -178,7 +179,7 @@ def _directions(config: Config, blocks: range, weights: Parameters, gradients: P
     return [*found.items(), ("gains", [(weights.gains, gradients.gains, [99], None)])]
 
 
-def _loss(calls: Calls, tokens: Tiles, targets: Tiles) -> tuple[Any, Any]:
+def _loss(calls: Calls, tokens: Array, targets: Array) -> tuple[Any, Any]:
     def value(weights: Parameters) -> float:
         return calls.model_forward(weights, tokens, targets)[0]
 
@@ -188,36 +189,45 @@ def _loss(calls: Calls, tokens: Tiles, targets: Tiles) -> tuple[Any, Any]:
     return value, backward
 
 
+def landed(result: Any) -> Any:
+    """What a sub-layer's backward returns, run by itself: dx, if any, once its gradients in flight are written."""
+    dx, in_flight = result if isinstance(result, tuple) else (None, result)
+    if not hasattr(in_flight, "finish"):
+        return in_flight  # nothing is: it is dx
+    if isinstance(in_flight, AllReduceGradients):
+        in_flight.gather()
+    in_flight.finish()
+    return dx
+
+
 def _layers(
-    calls: Calls, model: Model, tokens: Tiles, cotangent: Tiles, total: Callable[[float], float]
+    calls: Calls, model: Model, tokens: Array, cotangent: Array, total: Callable[[float], float]
 ) -> tuple[Any, Any]:
     layers = range(model.config.num_layers)
-    of_slot = parts_of_one(model.config.tiles, model.grid.slots, total)
+    of_tile = np.array(parts_of_one(model.config.tiles, model.grid.slots, total))[list(model.grid.slots)]
 
-    def forward(weights: Parameters) -> tuple[Tiles, list[Any]]:
+    def forward(weights: Parameters) -> tuple[Array, list[Any]]:
         saved = []
         x = calls.embedding_forward(tokens, weights)
         for layer in layers:
             x, attention = calls.attention_forward(x, weights, layer)
             x, mlp = calls.mlp_forward(x, weights, layer)
             saved.append((attention, mlp))
-        calls.finish()
         return x, saved
 
     def value(weights: Parameters) -> float:
         x, _ = forward(weights)
-        return total(sum(of_slot[slot] * float(np.sum(x[slot] * cotangent[slot])) for slot in x))
+        return total(float(of_tile @ np.sum(x * cotangent, axis=(1, 2, 3))))
 
     def backward(weights: Parameters, gradients: Parameters) -> None:
         _, saved = forward(weights)
-        dgain = {slot: np.zeros_like(weights.gains) for slot in model.grid.slots}
+        dgain = np.zeros((len(model.grid.slots), *weights.gains.shape))
         dx = cotangent
         for layer in reversed(layers):
-            dx = calls.mlp_backward(dx, saved[layer][1], weights, layer, gradients, dgain)
-            dx = calls.attention_backward(dx, saved[layer][0], weights, layer, gradients, dgain)
-        calls.embedding_backward(dx, tokens, weights, gradients)
+            dx = landed(calls.mlp_backward(dx, saved[layer][1], weights, layer, gradients, dgain))
+            dx = landed(calls.attention_backward(dx, saved[layer][0], weights, layer, gradients, dgain))
+        landed(calls.embedding_backward(dx, tokens, weights, gradients))
         calls.gains_backward(dgain, gradients)
-        calls.finish()
 
     return value, backward
 
@@ -237,9 +247,7 @@ def single_calls(config: Config) -> tuple[Calls, Model]:
 
 def schedule_calls(config: Config, plan: Plan, comm: Communicator) -> tuple[Calls, Model]:
     """A schedule's functions and its model, as a rank has them."""
-    if plan.schedule == "tp+sp":
-        module, ranks = tp_sp, make_mesh(comm, *mesh_sides(plan.mesh, comm.size))
-    else:
-        module, ranks = ON_ONE_AXIS[plan.schedule], comm
-    model = Model(config, np, *module.place(ranks), layout=plan.layout, recompute=plan.recompute)
-    return Calls(module, ranks, model, finish=partial(finish_all, comm, model)), model
+    module = MODULES[plan.schedule]
+    ranks = make_mesh(comm, *mesh_sides(plan.mesh, comm.size)) if plan.schedule == "tp+sp" else comm
+    model = Model(config, np, *module.place(ranks), layout=plan.layout, recompute=plan.recompute, stack=plan.stack)
+    return Calls(module, ranks, model), model

@@ -27,7 +27,7 @@ def both_models(case, dtype):
     loss, saved = single.model_forward(model, weights, cut(model, tokens), cut(model, targets))
     last = normalise(model, saved.head.x, weights.gains[-1])
     logits = np.zeros((config.batch_size, config.seq_len, config.vocab_size), dtype=dtype)
-    for slot, x in last.items():
+    for slot, x in zip(model.grid.slots, last):
         logits[:, model.grid.tokens(slot)] = np.concatenate([x @ table.T for table in weights.head_table], -1)
     single.model_backward(model, saved, weights, gradients)
     wanted = naive.loss_and_gradients(config, naive.assemble(config, weights), tokens, targets)

@@ -65,9 +65,11 @@ def test_a_single_rank_computes_all_the_time():
     assert recorded.own.messages == [] and recorded.own.share("compute") == pytest.approx(1)
 
 
-def test_every_tile_is_there_with_its_block_and_its_slot():
-    for each in record(2, Plan("tsp")):
-        whole = {(block, slot) for block in range(CONFIG.blocks) for slot in each.grid.slots}
+@pytest.mark.parametrize("stack", [1, 3])
+def test_every_stack_of_tiles_is_there_with_its_block_and_its_first_slot(stack):
+    """One at a time, that is every tile."""
+    for each in record(2, Plan("tsp", stack=stack)):
+        whole = {(block, slot) for block in range(CONFIG.blocks) for slot in each.grid.slots[::stack]}
         for part in ("embedding", "attention", "mlp", "head"):
             for direction in ("forward", "backward"):
                 assert tiles(each.own, part, direction) == whole, (part, direction)
