@@ -118,9 +118,9 @@ class TorchTraining:
         return float(loss.detach()), float(norm)
 
     def whole(self, tiles: dict[int, Any]) -> Any:
-        """[B, S] of slot -> [B, s]."""
-        slots = sorted(tiles, key=self.model.grid.tile)
-        return np.concatenate([tiles[slot] for slot in slots], 1)
+        """[p, B, s] of all slots -> [B, S]."""
+        order = np.argsort(self.model.grid.tiles_of(0))
+        return np.concatenate(tiles[order], 1)
 
 
 def main() -> None:

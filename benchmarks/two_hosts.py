@@ -1,6 +1,6 @@
 """Two hosts on one machine: runs an MPI command between two network namespaces of Linux, over real TCP.
 
-    sudo "$(which python)" benchmarks/two_hosts.py -- python -m tsp_ref overlap --progress poll
+    sudo "$(which python)" benchmarks/two_hosts.py -- python -m tsp_ref overlap --link none
 
 Between ranks of one machine a message is a copy in memory, made by the processor that should compute meanwhile: there
 is nothing to hide. Here half of the ranks live in one network namespace and half in another. Nothing joins the two but
@@ -110,7 +110,7 @@ def parse() -> argparse.Namespace:
     if bits_per_second(options.rate) == 0:
         parser.error(f"--rate {options.rate} is not valid: use none, or a rate as 1gbit, 200mbit or 500kbit")
     if not (options.command or options.check or options.probe):
-        parser.error("no command: give one after --, as in `two_hosts.py -- python -m tsp_ref overlap`")
+        parser.error("no command: give one after --, as in `two_hosts.py -- python -m tsp_ref overlap --link none`")
     return options
 
 

@@ -48,7 +48,7 @@ from tsp_ref.comm.link import Link
 from tsp_ref.comm.request import Request
 from tsp_ref.comm.timeline import Lane
 from tsp_ref.comm.virtual import VirtualCommunicator, VirtualWorld
-from tsp_ref.commands.overlap import Overlap
+from tsp_ref.commands.rounds import hidden_fraction
 from tsp_ref.errors import MessageError, UserError
 from tsp_ref.pictures.chart import chart
 from tsp_ref.process.terminal import console_for
@@ -346,7 +346,7 @@ def show_timings(lesson: Lesson, mine: Ring) -> tuple[list[Kind], Link]:
     messages, computation, *boths = (median(seconds) for seconds in taken.values())
     table = table_with("ring", "messages", "computation", "both", "hidden")
     for kind, both in zip(possible, boths):
-        part = Overlap("", "", messages, computation, both).hidden_fraction
+        part = hidden_fraction(messages, computation, both)
         table.add_row(kind.name, *(f"{1e3 * seconds:.1f}" for seconds in (messages, computation, both)), f"{part:.0%}")
     lesson.say(table)
     return possible, link

@@ -54,6 +54,18 @@ def test_the_lines_of_the_readme_print_one_digest_of_twenty_steps_on_the_standar
     assert digest_of(n, "--steps", "20") == digest_of(1, "--steps", "20", "--schedule", "single")
 
 
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("rank", ["0", "2"])
+def test_messages_prints_the_step_of_any_rank_with_the_totals_of_a_virtual_one(n, rank):
+    words = ("-m", "tsp_ref", "messages", *TEXT, "--part", "mlp", "--rank", rank)
+    ended = mpirun(n, *words)
+    virtual = subprocess.run([sys.executable, *words, "--ranks", str(n)], cwd=ROOT, capture_output=True, text=True,
+                             timeout=60, env=jobs.environment())
+    assert ended.code == virtual.returncode == 0, ended.errors + virtual.stderr
+    assert f"tsp on 3 ranks, 4 blocks, 8 tiles: what rank {rank} posted" in ended.output
+    assert ended.output.splitlines()[-1] == virtual.stdout.splitlines()[-1] and ended.output.count("posted for") == 1
+
+
 @cache
 def digest_of_one(dtype="float32"):
     """The single process's, after a few steps, computed by the caller."""

@@ -93,7 +93,7 @@ def check_all(lanes: list[Lane]) -> None:
 
 def tiles(lane: Lane, part: str, direction: str) -> set[tuple[int, int]]:
     """The (block, slot) with which a rank computed in a phase."""
-    return {(span.block, span.slot) for span in lane.spans
+    return {(span.block, slot) for span in lane.spans for slot in range(span.slot, span.slot + span.tiles)
             if (span.what, span.part, span.direction) == ("compute", part, direction) and span.block != NONE}
 
 

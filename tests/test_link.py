@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from tsp_ref.comm.link import Link, parse_link
+from tsp_ref.comm.link import Link, bandwidth_for, describe_link, parse_link
 from tsp_ref.comm.rehearsal import LocalCopies
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.errors import UserError
@@ -23,6 +23,26 @@ def test_a_link_is_described_by_bandwidth_and_latency(text, bandwidth, latency):
 def test_what_is_no_link_is_refused_with_an_example(text):
     with pytest.raises(UserError, match=r"--link .*is not a link: give a bandwidth and a latency, as 200MB/s,50us"):
         parse_link(text)
+
+
+@pytest.mark.parametrize(("bandwidth", "text"), [
+    (88.4e6, "88MB/s,50us"), (1.26e9, "1.3GB/s,50us"), (996e6, "1GB/s,50us"), (0.2, "1B/s,50us"),
+    (3.1e12, "3100GB/s,50us")])
+def test_a_link_s_description_in_two_digits_is_read_as_that_link(bandwidth, text):
+    assert describe_link(bandwidth, 50e-6) == text
+    assert parse_link(text).latency == pytest.approx(50e-6)
+    assert parse_link(text).bandwidth == pytest.approx(max(bandwidth, 1.0), rel=0.05)
+
+
+@pytest.mark.parametrize(("rest", "bandwidth"), [(0.0, 200.0), (0.1, 250.0), (0.3, 500.0)])
+def test_the_right_bandwidth_leaves_room_for_what_messages_take_besides(rest, bandwidth):
+    assert bandwidth_for(100, wanted=0.5) == 200.0, "nothing tried yet: nothing besides"
+    assert bandwidth_for(100, 0.5, tried=50.0, taken=2.0 + rest) == pytest.approx(bandwidth)
+    assert rest + 100 / bandwidth == pytest.approx(0.5)
+
+
+def test_a_bandwidth_is_found_even_where_what_messages_take_besides_is_too_long():
+    assert bandwidth_for(100, 0.5, tried=200.0, taken=10.0) == pytest.approx(2000.0)
 
 
 def test_messages_of_one_direction_go_one_after_the_other():

@@ -198,7 +198,19 @@ def test_the_trace_is_of_the_documented_format_and_has_everything(lanes):
         if one["tid"] == following["tid"]:  # without a gap, by whole nanoseconds too
             assert int(1000 * one["ts"]) + int(1000 * one["dur"]) == int(1000 * following["ts"])
     tile = next(event for event in events["X"] if event["name"].startswith("mlp backward, block"))
-    assert tile["cat"] == "compute" and {"part", "direction", "block", "slot"} == set(tile["args"])
+    assert tile["cat"] == "compute" and {"part", "direction", "block", "slot", "tiles"} == set(tile["args"])
+
+
+def test_a_stack_of_tiles_is_one_span_that_names_all_its_slots():
+    marks = Timeline(("mlp", "forward"))
+    for slot, tiles_ in ((4, 3), (7, 1)):
+        marks.compute(("mlp", "forward"), 2, slot, tiles_)
+    marks.end()
+    lane = marks.lane(0)
+    assert [(span.block, span.slot, span.tiles) for span in lane.spans[-2:]] == [(2, 4, 3), (2, 7, 1)]
+    assert tiles(lane, "mlp", "forward") == {(2, slot) for slot in (4, 5, 6, 7)}
+    names = [event["name"] for event in read_trace(trace([lane], "by hand"))["X"]]
+    assert names[-2:] == ["mlp forward, block 2, slots 4-6", "mlp forward, block 2, slot 7"]
 
 
 def test_an_arrow_leads_from_the_post_to_the_arrival():

@@ -12,9 +12,10 @@ from .backends.gpu import BACKENDS, Backend, open_backend
 from .comm.communicator import PROGRESS, Communicator
 from .comm.control import agreed
 from .comm.link import parse_link
-from .comm.mpi import launcher_rank
+from .comm.mpi import launched, launcher_rank
 from .commands.compare import compare
-from .commands.overlap import OverlapOptions, overlap
+from .commands.messages import DIRECTIONS, HELP, PARTS, Choice, MessagesOptions, messages, small_grid
+from .commands.overlap import MODEL, RATIO, REPEATS, ROUNDS, OverlapOptions, overlap
 from .commands.timeline import PictureOptions
 from .commands.train import TrainOptions, train
 from .commands.verify import verify
@@ -33,7 +34,43 @@ what a single process computes.
   python -m tsp_ref train --ranks 4               the same, as 4 virtual ranks of one process: no MPI needed
   mpirun -n 4 python -m tsp_ref verify            4 ranks against one process, a verdict for each tensor
   mpirun -n 8 python -m tsp_ref compare           TP, SP, TP+SP on every mesh and TSP, side by side
+  python -m tsp_ref messages --rank 1 --part mlp  what a rank posts, computes and waits for, in order
   python -m tsp_ref train --digest --schedule single --preset tiny
+"""
+
+
+OVERLAP = """\
+How much of the messages' time is hidden under the computation, in two ways.
+
+  mpirun -n 2 python -m tsp_ref overlap                      a core for each
+  mpirun -n 2 python -m tsp_ref overlap --progress wait      with nobody to
+                                          help messages on: less is hidden
+  mpirun -n 2 python -m tsp_ref overlap --link 88MB/s,50us   on this link, as a
+                                          run before has chosen it
+  mpirun -n 2 python -m tsp_ref overlap --link none          on the machine's
+                                          own: memory, or a network
+
+By turns it times a step's messages alone, its computation alone, and both:
+
+  hidden, by the three times
+      = (messages + computation - both) / min(messages, computation)
+
+100 % if the shorter of the two costs no time at all, 0 % if one comes after
+the other. And during both it records how long ranks wait, the exposed time:
+
+  hidden, by the waits
+      = (messages - exposed) / min(messages, computation)
+
+If the first is less, the difference is what messages cost the processor:
+posting, copying, looking after them. If it is more, the computation was slowed
+down when it was timed alone, or ranks wait for one that has more to do. Where
+rounds contradict each other, because other programs use the cores, this is said
+instead of a figure; so it is where messages are too short to be worth hiding.
+
+Between two processes of one machine a message is a copy in memory, over almost
+at once and made by the core that should compute. So messages are slowed down,
+by default to half of the computation's time; the option that does so again is
+printed. Ranks that share a core, or one process (--ranks), cannot show overlap.
 """
 
 
@@ -63,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="tsp-ref", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_fields())
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | verify | compare | overlap")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="train | verify | compare | overlap | messages")
     form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _fields()}
 
     training = commands.add_parser(
@@ -99,20 +137,41 @@ def _parser() -> Parser:
     _common(comparing, preset="tiny", steps="2")
     comparing.set_defaults(run=_compare)
 
-    overlapping = commands.add_parser(
-        "overlap", help="how much of the messages' time is hidden under the computation", **form,
-        description="Time a step's messages alone, its computation alone, and both together, by turns, and show how "
-                    "much of the shorter is hidden: (messages + computation - both) / min(messages, computation).")
-    _plan_options(overlapping)
-    overlapping.add_argument("--json", metavar="FILE",
-                             help="write a list of objects, for the forward and for forward and backward: schedule, "
-                                  "part, comm_seconds, compute_seconds, both_seconds, hidden_fraction")
-    overlapping.add_argument("--repeats", type=int, default=5, metavar="K",
-                             help="rounds, of which medians are taken (5)")
-    _picture_options(overlapping, "a forward and backward")
-    _common(overlapping, preset="small", steps="not used")
-    overlapping.set_defaults(run=_overlap)
+    _overlap_parser(commands.add_parser(
+        "overlap", help="how much of the messages' time is hidden under the computation",
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=OVERLAP, epilog=_fields()))
+    _messages_parser(commands, form)
     return parser
+
+
+def _overlap_parser(parser: argparse.ArgumentParser) -> None:
+    _plan_options(parser)
+    parser.add_argument("--ratio", type=float, metavar="R",
+                        help=f"choose a link on which messages alone take R of the computation's time ({RATIO:g})")
+    parser.add_argument("--json", metavar="FILE",
+                        help="write a list of objects, for the forward and for forward and backward: schedule, "
+                             "part, rounds, link, link_shared; medians comm_seconds, compute_seconds, "
+                             "both_seconds, exposed_seconds; hidden_fraction and hidden_by_waits, null where "
+                             "verdict and verdict_by_waits say why; quartiles, [lower, upper] of each")
+    parser.add_argument("--repeats", type=int, default=REPEATS, metavar="K",
+                        help=f"rounds at most ({REPEATS}): {ROUNDS}, and more where they contradict each other")
+    _picture_options(parser, "a forward and backward")
+    _common(parser, preset=f"{MODEL[0]} --set {' '.join(MODEL[1])}", steps=None,
+            link="the machine's own link as it is: none; by default one is chosen, see above")
+    parser.set_defaults(run=_overlap, preset=None)
+
+
+def _messages_parser(commands: Any, form: dict[str, Any]) -> None:
+    parser = commands.add_parser(
+        "messages", help="what one rank posts, computes and waits for in a step, in order", **form,
+        description=HELP)
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="whose step is printed (0)")
+    parser.add_argument("--part", metavar="|".join(PARTS), help="only this sub-layer (all)")
+    parser.add_argument("--direction", metavar="|".join(DIRECTIONS), help="only the forward, or only the backward")
+    parser.add_argument("--layer", type=int, metavar="I", help="only this layer's attention and MLP, from 0 on")
+    _plan_options(parser)
+    _common(parser, preset="tiny, in 4 blocks and 8 tiles on up to 4 ranks", steps="one is printed")
+    parser.set_defaults(run=_messages, preset=None)
 
 
 def _picture_options(parser: argparse.ArgumentParser, step: str) -> None:
@@ -154,12 +213,12 @@ def _backend_options(parser: argparse.ArgumentParser) -> None:
                              "MPI that is built for it")
 
 
-def _travel_options(parser: argparse.ArgumentParser) -> None:
+def _travel_options(parser: argparse.ArgumentParser, link: str) -> None:
     parser.add_argument("--progress", default="poll", metavar="|".join(PROGRESS),
                         help="who helps messages on while NumPy computes: nobody until a wait; this rank, between "
                              "tiles (default); a second thread")
     parser.add_argument("--link", metavar="BANDWIDTH,LATENCY",
-                        help="a slower link than there is, as 200MB/s,50us; the same bits, later")
+                        help=f"a slower link than there is, as 200MB/s,50us: the same bits, later; {link}")
     parser.add_argument("--link-shared", action="store_true", help="one link for all of a rank's peers, not one each")
 
 
@@ -168,7 +227,8 @@ def _start(options: argparse.Namespace, main: Callable[[Communicator, Backend], 
 
     def travel(comm: Communicator) -> int:
         def prepare() -> bool:
-            comm.travel_by(options.progress, parse_link(options.link, options.link_shared) if options.link else None)
+            own = options.link in (None, "none")
+            comm.travel_by(options.progress, None if own else parse_link(options.link, options.link_shared))
             return True
 
         agreed(comm, prepare)
@@ -185,9 +245,13 @@ def _plan(options: argparse.Namespace) -> Plan:
     return Plan(options.schedule, options.mesh, options.layout, options.recompute, stack=options.stack)
 
 
-def _common(parser: argparse.ArgumentParser, preset: str, steps: str) -> None:
+def _common(
+    parser: argparse.ArgumentParser, preset: str, steps: str | None, link: str = "none: as it is (default)"
+) -> None:
+    """steps: the default's description; None for a command that takes none, and says so."""
     parser.add_argument("--preset", default=preset, metavar="|".join(PRESETS), help=f"sizes to begin with ({preset})")
-    parser.add_argument("--steps", type=int, metavar="K", help=f"optimizer steps ({steps})")
+    parser.add_argument("--steps", type=int, metavar="K",
+                        help=f"optimizer steps ({steps})" if steps else argparse.SUPPRESS)
     parser.add_argument("--text", nargs="+", metavar="PATH",
                         help="files or folders to learn from (the source of Python's standard library)")
     parser.add_argument("--dtype", metavar="float32|float64", help="of every floating array (float32)")
@@ -199,7 +263,7 @@ def _common(parser: argparse.ArgumentParser, preset: str, steps: str) -> None:
     parser.add_argument("--shuffle", type=int, metavar="SEED",
                         help="with --ranks: a random order of turns and messages; changes no bit of the result")
     _backend_options(parser)
-    _travel_options(parser)
+    _travel_options(parser, link)
     parser.add_argument("--debug", action="store_true", help="show tracebacks of errors in the request, too")
 
 
@@ -231,9 +295,28 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _overlap(options: argparse.Namespace) -> int:
+    if options.steps is not None:
+        raise UserError(f"--steps {options.steps} is not for overlap, which times one step in rounds: use --repeats")
+    if options.preset is None:
+        options.preset, options.settings = MODEL[0], [*MODEL[1], *options.settings]
     request = OverlapOptions(_config(options), _plan(options), options.text, options.json, options.repeats,
-                             _pictures(options))
+                             options.link, options.link_shared, options.ratio, _pictures(options))
     return _start(options, lambda comm, backend: overlap(comm, request, backend))
+
+
+def _messages(options: argparse.Namespace) -> int:
+    if options.ranks is None and not launched():
+        options.ranks = 4
+
+    def config_for(ranks: int) -> Config:
+        if options.preset is not None:
+            return _config(options)
+        settings = small_grid(ranks) + options.settings
+        return _config(argparse.Namespace(**{**vars(options), "preset": "tiny", "settings": settings}))
+
+    request = MessagesOptions(config_for, _plan(options), options.rank,
+                              Choice(options.part, options.direction, options.layer), options.text)
+    return _start(options, lambda comm, backend: messages(comm, request, backend))
 
 
 def _fields() -> str:

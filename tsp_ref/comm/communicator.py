@@ -28,14 +28,22 @@ DTYPES = tuple(map(np.dtype, ("float32", "float64", "int64", "uint8")))
 
 @dataclass(frozen=True)
 class Event:
-    """One call of a rank's script: that a message was posted, or waited for until it was complete."""
+    """One line of a rank's script: where in the step it is, what it computes, posts, and waits for until that is here.
 
-    what: str  # "post" or "wait"
-    request: int  # a number that the message's two events share
+    what   "enter": the rank is in this phase from here on; "compute": with a block and a stack of tiles; "post": a
+           message, counted by this phase; "wait": its end, if the rank had to ask for it
+    """
+
+    what: str
+    request: int = 0  # a number that a message's two events share, until another message is posted with it
     verb: str = ""
     peer: int = 0
     tag: int = 0
     size: int = 0  # bytes
+    phase: tuple[str, str] = ("", "")
+    block: int | None = None  # that is computed with, or that a message is about, where that is said
+    slot: int = 0  # the first of the stack
+    tiles: int = 0  # in the stack
 
 
 class Communicator(ABC):
@@ -66,6 +74,8 @@ class Communicator(ABC):
     @phase.setter
     def phase(self, phase: tuple[str, str]) -> None:
         self.ledger.phase = phase
+        if self.script is not None:
+            self.script.append(Event("enter", phase=phase))
         if self.timeline is not None:
             self.timeline.compute(phase)
 
@@ -107,13 +117,16 @@ class Communicator(ABC):
         return 0
 
     def progress(self, block: int, slot: int, tiles: int = 1) -> None:
-        """Let messages under way move on, if that is asked for (`--progress poll`): the work on a tile begins.
+        """Let messages in flight move on, if that is asked for (`--progress poll`): the work on a stack of tiles
+        begins, whose first slot is `slot`.
 
         MPI moves a large message only inside its own calls: one that was posted and then left alone for a computation
         will travel inside the `Wait` after it.
         """
+        if self.script is not None:
+            self.script.append(Event("compute", phase=self.phase, block=block, slot=slot, tiles=tiles))
         if self.timeline is not None:
-            self.timeline.compute(self.phase, block, slot)
+            self.timeline.compute(self.phase, block, slot, tiles)
         if self.progress_mode == "poll":
             for request in list(self._open.values()):
                 if self._advance(request):
@@ -195,8 +208,8 @@ class Communicator(ABC):
             self._open[id(request)] = request
             self._start(request)
         if self.script is not None:
-            self.script.append(
-                Event("post", id(request), request.verb, request.peer, request.tag, request.array.nbytes))
+            self.script.append(Event("post", id(request), request.verb, request.peer, request.tag, array.nbytes,
+                                     phase, request.block))
         return request
 
     def _advance(self, request: Request) -> bool:

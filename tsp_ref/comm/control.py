@@ -56,6 +56,18 @@ def agreed(comm: Communicator, prepare: Callable[[], Result]) -> Result:
     return result
 
 
+def text_from(comm: Communicator, source: int, text: str) -> str:
+    """One rank's text, of any length, on rank 0; every rank must call it, and all others get an empty one."""
+    coded = np.frombuffer(text.encode() if comm.rank == source else b"", dtype=np.uint8)
+    size = int(all_gather(comm, np.array([coded.size]))[source][0])
+    if comm.rank == source != 0:
+        comm.Wait(comm.Isend(coded, 0, ControlTag.CONTROL))
+    elif comm.rank == 0 != source:
+        coded = np.empty(size, dtype=np.uint8)
+        comm.Wait(comm.Irecv(coded, source, ControlTag.CONTROL))
+    return coded.tobytes().decode() if comm.rank == 0 else ""
+
+
 def from_root(comm: Communicator, number: int) -> int:
     """Rank 0's number, on every rank."""
     return int(all_gather(comm, np.array([number], dtype=np.int64))[0][0])

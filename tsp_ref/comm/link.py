@@ -7,6 +7,7 @@ as on a real network, a message that nobody helps on its way waits for somebody 
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -52,3 +53,21 @@ def parse_link(text: str, shared: bool = False) -> Link:
         raise UserError(f"--link {text} is not a link: give a bandwidth and a latency, as 200MB/s,50us or 1Gbit/s") \
             from None
     return Link(bandwidth, latency, shared)
+
+
+def describe_link(bandwidth: float, latency: float) -> str:
+    """The description of a link that `parse_link` reads, of two digits: "88MB/s,50us". Bytes a second, seconds."""
+    bandwidth = max(1.0, float(f"{bandwidth:.2g}"))
+    scale, size = next((scale, size) for scale, size in reversed(BYTES.items()) if size <= bandwidth)
+    return f"{bandwidth / size:g}{scale}B/s,{1e6 * latency:g}us"
+
+
+def bandwidth_for(size: float, wanted: float, tried: float = math.inf, taken: float = 0.0) -> float:
+    """The bandwidth with which messages take `wanted` seconds, if with the bandwidth `tried` they took `taken`.
+
+    The link needs size / bandwidth for them, where `size` is the bytes of its busier direction. All else that they
+    took, for latency, for copies and because they wait for one another, they will take again; where that alone is about
+    what is wanted, or more, no link makes them faster, and the link is given a tenth of the time.
+    """
+    rest = max(0.0, taken - size / tried)
+    return size / max(wanted - rest, wanted / 10)

@@ -70,7 +70,7 @@ class MPICommunicator(Communicator):
         self._transport = Transport(self)
         node = self.mpi.Split_type(mpi.COMM_TYPE_SHARED)
         self.process_on_node = node.Get_rank(), node.Get_size()
-        self._crowded = node.Get_size() > _cores()
+        self._crowded = node.Get_size() > cores()
         node.Free()
 
     def travel_by(self, progress: str, link: Link | None) -> None:
@@ -243,7 +243,7 @@ def _first_to_fail() -> bool:
     return True
 
 
-def _cores() -> int:
+def cores() -> int:
     """The cores that this process may use; a process bound to one core has neighbours on the others."""
     if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1:
         return len(os.sched_getaffinity(0))

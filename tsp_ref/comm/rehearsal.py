@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 
 import numpy as np
@@ -23,10 +23,20 @@ def replay(comm: Communicator, script: list[Event], xp: Namespace = np) -> None:
             buffer = spare.pop() if spare else xp.zeros(event.size, dtype=np.uint8)
             start = comm.Isend if event.verb == "send" else comm.Irecv
             under_way[event.request] = start(buffer, event.peer, event.tag)
-        elif event.request in under_way:
+        elif event.what == "wait" and event.request in under_way:
             request = under_way.pop(event.request)
             comm.Wait(request)
             idle[request.verb, request.array.nbytes].append(request.array)
+
+
+def busiest(script: list[Event], shared: bool = False) -> int:
+    """The bytes that a rank's busiest link carries, in its busier direction: its links are one for each peer, or one
+    for all if `shared`."""
+    sizes: Counter[tuple[str, int]] = Counter()
+    for event in script:
+        if event.what == "post":
+            sizes[event.verb, 0 if shared else event.peer] += event.size
+    return max(sizes.values(), default=0)
 
 
 class LocalCopies(Communicator):

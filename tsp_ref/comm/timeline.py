@@ -24,9 +24,10 @@ class Span(NamedTuple):
     what: str  # "compute" or "wait"
     part: str
     direction: str
-    block: int = NONE  # of the tile that was computed with; NONE between tiles
-    slot: int = NONE
+    block: int = NONE  # that a stack of tiles was computed with; NONE between stacks
+    slot: int = NONE  # the first of the stack
     message: int = NONE  # what a wait ended with: its place among the rank's messages. NONE: a virtual rank's turn
+    tiles: int = 1  # in the stack
 
 
 class Message(NamedTuple):
@@ -65,10 +66,13 @@ class Lane:
     messages: list[Message]
     clock_error: float = 0.0
 
+    def seconds(self, what: str) -> float:
+        """How long a rank computed, or waited."""
+        return sum((span.end - span.begin for span in self.spans if span.what == what), start=0.0)
+
     def share(self, what: str) -> float:
         """The part of its time that a rank computed, or waited."""
-        whole = self.spans[-1].end - self.spans[0].begin
-        return sum(span.end - span.begin for span in self.spans if span.what == what) / whole
+        return self.seconds(what) / (self.spans[-1].end - self.spans[0].begin)
 
     def moved(self, seconds: float) -> Lane:
         """The same, so much later."""
@@ -90,9 +94,9 @@ class Timeline:
         self.marks: list[tuple[Any, ...]] = []
         self.compute(phase)
 
-    def compute(self, phase: tuple[str, str], block: int = NONE, slot: int = NONE) -> None:
-        """From here on this rank computes, with a tile or between tiles."""
-        self.marks.append(("compute", time.perf_counter(), phase, block, slot))
+    def compute(self, phase: tuple[str, str], block: int = NONE, slot: int = NONE, tiles: int = 1) -> None:
+        """From here on this rank computes, with a stack of tiles or between stacks."""
+        self.marks.append(("compute", time.perf_counter(), phase, block, slot, tiles))
 
     def post(self, request: Request, phase: tuple[str, str]) -> None:
         """A message is being posted."""
@@ -139,8 +143,9 @@ class Timeline:
                 span = span._replace(message=latest.get(more[0], NONE))
             if at > span.begin:
                 spans.append(span._replace(end=at))
-            phase, *tile = more if what == "compute" else (phase,)
-            span = Span(at, at, "wait" if what == "wait" else "compute", *phase, *tile)
+            phase, block, slot, tiles = more if what == "compute" else (phase, NONE, NONE, 1)
+            part, direction = phase
+            span = Span(at, at, "wait" if what == "wait" else "compute", part, direction, block, slot, tiles=tiles)
         return Lane(rank, spans, messages)
 
 

@@ -103,6 +103,10 @@ class Grid:
         """The token slots that the rank at a position of the token axis holds, ascending."""
         return _slots(self.layout, self.num_tiles, position, self.token_axis.size)
 
+    def tiles_of(self, position: int) -> list[int]:
+        """The tiles, in the order of their slots, that the rank at a position of the token axis holds."""
+        return [self.tile(slot) for slot in self.slots_of(position)]
+
     @property
     def blocks(self) -> range:
         """This rank's weight blocks."""

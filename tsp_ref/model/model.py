@@ -10,7 +10,7 @@ from ..arrays import Array, Namespace
 from ..backends.host import Backend, backend_of
 from ..errors import UserError
 from ..grid.grid import ALONE, Grid, Place
-from ..ops.attention import causal_mask
+from ..ops.attention import PADDED_BYTES, causal_mask
 from ..ops.rotary import rotary_table
 from .config import Config
 
@@ -30,6 +30,7 @@ class Model:
     xp         its namespace
     grid       from the rank's places on the axis of weights and on that of tokens, and the layout
     stacks     the rank's tiles, `stack` at a time (chosen by their size, if it is not given): a matter of speed alone
+    head_groups  the rank's blocks, so many at a time as one may attend with that holds the whole sequence: likewise
     recompute  what the backward recomputes rather than find kept: "none", "attention" (everything between the input and
                the output of an attention sub-layer), "full" (everything but the layers' inputs)
     memory, work, phase  the accounts, and the phase that is entered in them
@@ -53,6 +54,7 @@ class Model:
         self.xp = self.backend.xp
         self.grid = Grid(config.blocks, config.tiles, config.tile_len, weight_axis, token_axis, layout)
         self.stacks = self.grid.stacks(stack or tiles_at_a_time(config))
+        self.head_groups = self._head_groups()
         self.recompute = recompute
         self.mask: Array = causal_mask(self.xp, config.tile_len, config.dtype)
         self.rotary: Array = self.xp.stack([
@@ -75,6 +77,13 @@ class Model:
     def number(self, array: Array) -> float:
         """The number in an array of one element, once it is computed."""
         return float(self.backend.to_host(array).item())
+
+    def _head_groups(self) -> list[range]:
+        """Few enough for a tile's scores to have at most PADDED_BYTES, or one."""
+        config, blocks = self.config, self.grid.blocks
+        rows = config.batch_size * config.kv_heads_per_block * config.group_size * config.tile_len
+        most = max(1, PADDED_BYTES // (rows * config.seq_len * (8 if config.dtype == "float64" else 4)))
+        return [blocks[first : first + most] for first in range(0, len(blocks), most)]
 
 
 def tiles_at_a_time(config: Config) -> int:

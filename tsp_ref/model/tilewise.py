@@ -6,26 +6,16 @@ loops over blocks and stacks stand in the sub-layers, where what travels meanwhi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from ..arrays import Array
 from ..grid.grid import Stack
 from ..grid.tree import Tree, add
-from ..ops.attention import (
-    add_keys,
-    attend_backward,
-    attend_forward,
-    out_backward,
-    out_backward_weight,
-    out_forward,
-    qkv_backward,
-    qkv_forward,
-)
-from ..ops.loss import token_losses
-from ..ops.norm import rmsnorm_backward, rmsnorm_forward
-from .activations import AttentionSaved, HeadSaved, MlpSaved
+from ..ops import attention, embedding, loss, mlp, norm
+from .activations import AttentionSaved, Heads, HeadSaved, MlpSaved
 from .model import Model
-from .parameters import Parameters, attention_views
+from .parameters import Parameters, attention_views, mlp_views
 
 
 class BlockSums:
@@ -49,7 +39,7 @@ def normalise(model: Model, x: Array, gain: Array) -> Array:
     """RMSNorm of all tiles [p, B, s, h]; the backward recomputes it rather than keep it."""
     y = model.empty("working", *x.shape)
     for stack in model.stacks:
-        rmsnorm_forward(model.xp, x[stack.tiles], gain, model.config.norm_eps, out=y[stack.tiles])
+        norm.rmsnorm_forward(model.xp, x[stack.tiles], gain, model.config.norm_eps, out=y[stack.tiles])
     return y
 
 
@@ -58,7 +48,7 @@ def normalise_backward(model: Model, dy: list[Array], x: Array, gain: Array, dga
     dgain [p, h]."""
     dx = model.empty("working", *x.shape)
     for stack in model.stacks:
-        _, dgain[stack.tiles] = rmsnorm_backward(
+        _, dgain[stack.tiles] = norm.rmsnorm_backward(
             model.xp, dy.pop(0), x[stack.tiles], gain, model.config.norm_eps, out=dx[stack.tiles])
     return dx
 
@@ -79,29 +69,41 @@ def joined(model: Model, y: list[Array]) -> Array:
     return whole
 
 
-def keep_block(model: Model, saved: AttentionSaved, block: int) -> None:
-    """Make room for what a block of heads keeps of this rank's tiles."""
+def embed(model: Model, tokens: Array, table: Array, block: int, stack: Stack) -> Array:
+    """A stack's rows of a block of the embedding [p, B, s, h]."""
+    return embedding.embed_forward(model.xp, tokens[stack.tiles], table, block * len(table))
+
+
+def embed_backward(
+    model: Model, dx: Array, tokens: Array, shape: tuple[int, ...], block: int, stack: Stack, dtable: Tree[Array]
+) -> None:
+    """Adds to `dtable` the gradients that a stack's tiles give to a block of the embedding, of this shape."""
+    leaves = model.empty("working", len(stack.slots), *shape)  # [p, V/G, h]
+    embedding.embed_backward(model.xp, dx[stack.tiles], tokens[stack.tiles], block * shape[0], out=leaves)
+    dtable.add_stack(stack.slots, leaves)
+
+
+def keep_blocks(model: Model, saved: AttentionSaved, blocks: range) -> None:
+    """Make room for what some blocks of heads keep of this rank's tiles: for one, or for all that it attends with."""
     config, count = model.config, len(model.grid.slots)
     batch, kv_heads, length, head_dim = (
         config.batch_size, config.kv_heads_per_block, config.tile_len, config.head_dim)
-    rows = count, batch, kv_heads, config.group_size * length
-    saved.keys_values[block] = model.empty("activations", count, 2, batch, kv_heads, length, head_dim)
-    saved.q[block] = model.empty("activations", *rows, head_dim)
-    saved.heads[block] = model.empty("activations", *rows, head_dim)
-    saved.logsumexp[block] = model.empty("activations", *rows, 1)
-
-
-def keep_projected(model: Model, gate_up: Array) -> Array:
-    """Room for what a block of the MLP keeps of this rank's tiles [p, B·s, 2f/G]."""
-    config = model.config
-    return model.empty("activations", len(model.grid.slots), config.batch_size * config.tile_len, gate_up.shape[1])
+    rows = count, len(blocks), batch, kv_heads, config.group_size * length
+    kept = Heads(blocks, model.empty("activations", count, 2, len(blocks), batch, kv_heads, length, head_dim),
+                 *(model.empty("activations", *rows, width) for width in (head_dim, head_dim, 1)))
+    if len(blocks) > 1:
+        saved.together = kept
+    for number, block in enumerate(blocks):
+        saved.keys_values[block] = kept.keys_values[:, :, number]
+        saved.q[block], saved.heads[block] = kept.q[:, number], kept.heads[:, number]
+        saved.logsumexp[block] = kept.logsumexp[:, number]
 
 
 def project(model: Model, normed: Array, packed: Array, saved: AttentionSaved, block: int, stack: Stack) -> None:
     """A stack's queries, keys and values with a block of heads, written where they are kept."""
     tiles = stack.tiles
     wqkv, _ = attention_views(model.config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-    qkv_forward(model.xp, normed[tiles], wqkv, model.rotary[tiles],
+    attention.qkv_forward(model.xp, normed[tiles], wqkv, model.rotary[tiles],
                 out=(saved.q[block][tiles], saved.keys_values[block][tiles]))
 
 
@@ -115,62 +117,134 @@ def project_backward(
     wqkv, _ = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
     leaves = model.empty("working", len(stack.slots), packed.size)
     dwqkv, dwo = attention_views(config, leaves)  # -> [p, h, (H+2*K)/G*e], [p, H/G*e, h]
-    dnormed = qkv_backward(
+    dnormed = attention.qkv_backward(
         model.xp, dq[tiles], dkeys_values[tiles], normed[tiles], wqkv, model.rotary[tiles], out=dwqkv)
-    out_backward_weight(model.xp, dy[tiles], saved.heads[block][tiles], out=dwo)
+    attention.out_backward_weight(model.xp, dy[tiles], saved.heads[block][tiles], out=dwo)
     dweights.add_stack(stack.slots, leaves)
     return dnormed
 
 
-def attend(model: Model, keys_values: Array, packed: Array, saved: AttentionSaved, block: int, stack: Stack) -> Array:
-    """A stack's attention to the keys and values of the whole sequence [2, B, K/G, S, e], and its term of the output
-    [p, B, s, h]."""
-    tiles, visible = stack.tiles, [model.grid.visible(slot) for slot in stack.slots]
+def attend(model: Model, keys_values: Array, saved: AttentionSaved, blocks: range, stack: Stack) -> None:
+    """A stack's attention, with some blocks of heads, to the keys and values of the whole sequence
+    [2, m·B, K/G, S, e]; the heads' output is written where it is kept."""
+    kept, visible = saved.of_blocks(blocks), [model.grid.visible(slot) for slot in stack.slots]
+    q, heads, logsumexp = (flat(x[stack.tiles]) for x in (kept.q, kept.heads, kept.logsumexp))
+    attention.attend_forward(model.xp, q, keys_values, visible, model.mask, out=(heads, logsumexp))
+
+
+def output(model: Model, packed: Array, saved: AttentionSaved, block: int, stack: Stack) -> Array:
+    """A stack's term of the attention's output with a block [p, B, s, h]."""
     _, wo = attention_views(model.config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-    heads = saved.heads[block][tiles]
-    attend_forward(model.xp, saved.q[block][tiles], keys_values, visible, model.mask,
-                   out=(heads, saved.logsumexp[block][tiles]))
-    return out_forward(model.xp, heads, wo, model.config.tile_len)
+    return attention.out_forward(model.xp, saved.heads[block][stack.tiles], wo, model.config.tile_len)
 
 
-def attended_backward(
-    model: Model, dy: Array, keys_values: Array, packed: Array, saved: AttentionSaved, block: int, stack: Stack,
-    dkeys_values: Tree[Array]
+def attend_backward(
+    model: Model, dy: Array, keys_values: Array, packed: Iterable[Array], saved: AttentionSaved, blocks: range,
+    stack: Stack, dkeys_values: Tree[Array]
 ) -> Array:
-    """A stack's dq [p, B, K/G, g·s, e]; what each tile gives to the keys and values that it sees is added to
-    `dkeys_values`."""
-    tiles, visible = stack.tiles, [model.grid.visible(slot) for slot in stack.slots]
-    _, wo = attention_views(model.config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-    heads = saved.heads[block][tiles]
-    dheads = out_backward(model.xp, dy[tiles], heads, wo)
-    dq, given = attend_backward(model.xp, dheads, saved.q[block][tiles], keys_values, visible, model.mask, heads,
-                                saved.logsumexp[block][tiles])
+    """A stack's dq with some blocks [p, m, B, K/G, g·s, e]; what each tile gives to the keys and values that it sees
+    [2, m·B, K/G, n, e] is added to `dkeys_values`."""
+    kept, visible = saved.of_blocks(blocks), [model.grid.visible(slot) for slot in stack.slots]
+    q, heads, logsumexp = (x[stack.tiles] for x in (kept.q, kept.heads, kept.logsumexp))
+    dheads = model.xp.empty_like(q)  # [p, m, B, K/G, g*s, e]
+    for number, block in enumerate(packed):
+        _, wo = attention_views(model.config, block)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
+        dheads[:, number] = attention.out_backward(model.xp, dy[stack.tiles], heads[:, number], wo)
+    dq, given = attention.attend_backward(
+        model.xp, flat(dheads), flat(q), keys_values, visible, model.mask, flat(heads), flat(logsumexp), len(blocks))
     for slot, gradient in zip(stack.slots, given):
         dkeys_values.add(slot, gradient)
-    return dq
+    return dq.reshape(q.shape)  # [p, m*B, K/G, g*s, e] -> [p, m, B, K/G, g*s, e]
+
+
+def flat(x: Array) -> Array:
+    """Blocks and sequences as one axis: [p, m, B, ...] -> [p, m·B, ...]."""
+    return x.reshape(len(x), -1, *x.shape[3:])
 
 
 def keys_values_tree(model: Model) -> Tree[Array]:
     """The sum over all tiles of queries of what each gives to the keys and values that it sees."""
-    return Tree[Array](range(model.config.tiles), add_keys)
+    return Tree[Array](range(model.config.tiles), attention.add_keys)
 
 
 def in_order_of_text(model: Model, tiles_of: dict[int, Array]) -> Array:
-    """Keys and values of the whole sequence [2, B, K/G, S, e] from those of the ranks' tiles: place on the axis of
-    tokens -> [p, 2, B, K/G, s, e]."""
+    """Keys and values of the whole sequence [2, m·B, K/G, S, e] from those of the ranks' tiles: place on the axis of
+    tokens -> [p, 2, m·B, K/G, s, e]."""
     config, grid = model.config, model.grid
-    whole = model.empty("buffers" if len(tiles_of) > 1 else "working", 2, config.batch_size, config.kv_heads_per_block,
-                        config.seq_len, config.head_dim)  # [2, B, K/G, S, e]
+    _, _, batch, kv_heads, length, head_dim = next(iter(tiles_of.values())).shape
+    shape = 2, batch, kv_heads, config.tiles, length, head_dim
+    by_tile = model.empty("buffers" if len(tiles_of) > 1 else "working", *shape)  # [2, m*B, K/G, T, s, e]
     for place, tiles in tiles_of.items():
-        for position, slot in enumerate(grid.slots_of(place)):
-            whole[:, :, :, grid.tokens(slot)] = tiles[position]
-    return whole
+        by_tile[:, :, :, grid.tiles_of(place)] = tiles.transpose(1, 2, 3, 0, 4, 5)
+    return by_tile.reshape(*shape[:3], config.seq_len, head_dim)  # -> [2, m*B, K/G, S, e]
+
+
+def keys_values_of(model: Model, saved: AttentionSaved, blocks: range) -> Array:
+    """Those of some blocks, for one who holds all tiles [2, m·B, K/G, S, e]."""
+    kept = saved.of_blocks(blocks).keys_values
+    return in_order_of_text(model, {0: kept.reshape(*kept.shape[:2], -1, *kept.shape[4:])})
 
 
 def in_order_of_slots(model: Model, whole: Array) -> Array:
-    """The other way round, for one who holds all tiles: [2, B, K/G, S, e] -> [p, 2, B, K/G, s, e]."""
-    tiles = [whole[:, :, :, model.grid.tokens(slot)] for slot in model.grid.slots]
-    return model.xp.stack(tiles)
+    """The other way round, for one who holds all tiles: [2, m·B, K/G, S, e] -> [p, 2, m, B, K/G, s, e]."""
+    config = model.config
+    by_tile = whole.reshape(2, -1, config.batch_size, config.kv_heads_per_block, config.tiles, config.tile_len,
+                            config.head_dim)  # -> [2, m, B, K/G, T, s, e]
+    return by_tile[:, :, :, :, model.grid.tiles_of(0)].transpose(4, 0, 1, 2, 3, 5, 6)  # -> [p, 2, m, B, K/G, s, e]
+
+
+def keep_projected(model: Model, saved: MlpSaved, block: int) -> None:
+    """Make room for what a block of the MLP keeps of this rank's tiles."""
+    config = model.config
+    tokens, width = config.batch_size * config.tile_len, 2 * config.ffn_size // config.blocks
+    saved.projected[block] = model.empty("activations", len(model.grid.slots), tokens, width)  # [p, B*s, 2*f/G]
+
+
+def feed(model: Model, normed: Array, packed: Array, saved: MlpSaved, block: int, stack: Stack) -> Array:
+    """A stack's term of the MLP's output with a block [p, B, s, h]."""
+    gate_up, down = mlp_views(model.config, packed)  # -> [h, 2*f/G], [f/G, h]
+    return mlp.swiglu_forward(model.xp, normed[stack.tiles], gate_up, down, out=saved.projected[block][stack.tiles])
+
+
+def feed_backward(
+    model: Model, dy: Array, normed: Array, packed: Array, saved: MlpSaved, block: int, stack: Stack,
+    dweights: Tree[Array]
+) -> Array:
+    """A stack's gradient of the normed input [p, B, s, h]; its tiles' gradients of the block are added to `dweights`.
+    """
+    gate_up, down = mlp_views(model.config, packed)  # -> [h, 2*f/G], [f/G, h]
+    leaves = model.empty("working", len(stack.slots), packed.size)
+    dnormed = mlp.swiglu_backward(
+        model.xp, dy[stack.tiles], normed[stack.tiles], gate_up, down, saved.projected[block][stack.tiles],
+        out=mlp_views(model.config, leaves))
+    dweights.add_stack(stack.slots, leaves)
+    return dnormed
+
+
+def logits(model: Model, normed: Array, table: Array, targets: Array, block: int, stack: Stack) -> Array:
+    """The triples [p, 3, B·s] of a stack's logits with a block of the head."""
+    return loss.logits_forward(
+        model.xp, normed[stack.tiles], table, targets[stack.tiles], block * len(table))
+
+
+def logits_backward(
+    model: Model, normed: Array, table: Array, targets: Array, saved: HeadSaved, block: int, stack: Stack,
+    dtable: Tree[Array]
+) -> Array:
+    """A stack's gradient of the normed input [p, B, s, h], of the mean loss; its tiles' gradients of the block are
+    added to `dtable`."""
+    tiles = stack.tiles
+    leaves = model.empty("working", len(stack.slots), *table.shape)  # [p, V/G, h]
+    dnormed = loss.logits_backward(
+        model.xp, 1.0 / model.config.num_tokens, normed[tiles], table, targets[tiles], block * len(table),
+        saved.logsumexp[tiles], out=leaves)
+    dtable.add_stack(stack.slots, leaves)
+    return dnormed
+
+
+def merge_triples(model: Model) -> Callable[[Array, Array], Array]:
+    """The tree's operation for the head's triples."""
+    return partial(loss.merge_triples, model.xp)
 
 
 def losses_of(model: Model, triples: list[Array], x: Array) -> tuple[Array, HeadSaved]:
@@ -179,7 +253,7 @@ def losses_of(model: Model, triples: list[Array], x: Array) -> tuple[Array, Head
     losses = model.empty("working", len(model.grid.slots), 1)
     saved = HeadSaved(x, model.empty("activations", len(model.grid.slots), tokens))
     for stack in model.stacks:
-        of_tokens, saved.logsumexp[stack.tiles] = token_losses(model.xp, triples[stack.number])
+        of_tokens, saved.logsumexp[stack.tiles] = loss.token_losses(model.xp, triples[stack.number])
         losses[stack.tiles] = model.xp.sum(of_tokens, axis=-1, keepdims=True)  # [p, B*s] -> [p, 1]
     return losses, saved
 

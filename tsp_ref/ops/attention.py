@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import TypeAlias
 
 from ..arrays import Array, Namespace
 from .rotary import rotary_backward, rotary_forward
@@ -24,6 +26,11 @@ measurement)."""
 
 DIAGONAL = 64
 """Keys of a chunk of the tile itself, in the backward: of its scores few are masked (chosen by measurement)."""
+
+
+PADDED_BYTES = 128 * 1024
+"""Of the scores of several tiles that are padded to be worked on together, at most: where a call costs more than what
+it works on (chosen by measurement)."""
 
 
 def qkv_forward(xp: Namespace, x: Array, wqkv: Array, rotary: Array, out: tuple[Array, Array]) -> None:
@@ -71,17 +78,25 @@ def causal_mask(xp: Namespace, length: int, dtype: str) -> Array:
     return xp.triu(xp.full((length, length), -xp.inf, dtype=dtype), 1)  # [s, s]
 
 
-def strips(length: int) -> list[slice]:
+@lru_cache
+def strips(length: int) -> tuple[slice, ...]:
     """A tile's queries cut in strips of at most STRIP, the last as long as the others or a little shorter: a strip
     needs no key after its last query, so that less of a long tile is computed only to be masked."""
     step = math.ceil(length / math.ceil(length / STRIP))
-    return [slice(first, min(first + step, length)) for first in range(0, length, step)]
+    return tuple(slice(first, min(first + step, length)) for first in range(0, length, step))
 
 
 def of_queries(x: Array, queries: slice, length: int) -> Array:
     """The rows of x [..., g·s, e] that belong to some of a tile's `length` queries, of each query head: a view
     [..., g, t, e]."""
     return x.reshape(*x.shape[:-2], -1, length, x.shape[-1])[..., queries, :]
+
+
+def rows_of(x: Array, queries: slice, length: int) -> Array:
+    """The same as rows [..., g·t, e]: x itself where these are all of its queries."""
+    if queries.stop - queries.start == length:
+        return x
+    return of_queries(x, queries, length).reshape(*x.shape[:-2], -1, x.shape[-1])
 
 
 def attend_forward(
@@ -94,52 +109,87 @@ def attend_forward(
     scores [p, B, K/G, g·s, 1].
     """
     heads, logsumexp = out
+    length, group = mask.shape[0], q.shape[3] // mask.shape[0]
     scaled = q * q.shape[-1] ** -0.5
     total = xp.empty_like(logsumexp)
-    keys, values = keys_values
-    for tile, seen in enumerate(visible):
-        attend_tile(xp, scaled[tile], keys[:, :, :seen], values[:, :, :seen], mask,
-                    (heads[tile], logsumexp[tile], total[tile]))
+    for strip in strips(length):
+        seen = [last - length + strip.stop for last in visible]
+        of_strip = xp.concatenate([mask[strip, strip]] * group)  # [t, t] -> [g*t, t]
+        for tiles in padded_together(q, seen):
+            found = attend_strip(
+                xp, [rows_of(scaled[tile], strip, length) for tile in tiles], keys_values,
+                [seen[tile] for tile in tiles], of_strip)
+            for whole, rows in zip((heads, logsumexp, total), found):
+                write_rows(whole, tiles, strip, length, rows)
     heads /= total
     logsumexp += xp.log(total)
 
 
-def attend_tile(
-    xp: Namespace, q: Array, keys: Array, values: Array, mask: Array, out: tuple[Array, Array, Array]
-) -> None:
-    """One tile, strip by strip: q [B, K/G, g·s, e], scaled, keys and values [B, K/G, n, e], mask [s, s]. Into `out`:
-    the heads' output before its division, each row's largest score, and its sum of exp(score - largest). (`einsum` sums
-    short rows faster than `sum`.)"""
-    length, (batch, kv_heads, _, head_dim) = mask.shape[0], q.shape
-    before = keys.shape[2] - length
-    for strip in strips(length):
-        rows = of_queries(q, strip, length).reshape(batch, kv_heads, -1, head_dim)  # -> [B, K/G, g*t, e]
-        probs = attention_scores(rows, keys[:, :, : before + strip.stop], mask[strip, strip])
-        largest = xp.max(probs, axis=-1, keepdims=True)  # [B, K/G, g*t, n] -> [B, K/G, g*t, 1]
-        probs -= largest
-        xp.exp(probs, out=probs)
-        total = xp.einsum("bkqn->bkq", probs)[..., None]  # [B, K/G, g*t, n] -> [B, K/G, g*t, 1]
-        heads = probs @ values[:, :, : before + strip.stop]  # [B, K/G, g*t, n] -> [B, K/G, g*t, e]
-        for whole, found in zip(out, (heads, largest, total)):
-            part = of_queries(whole, strip, length)
-            part[...] = found.reshape(part.shape)
+def attend_strip(
+    xp: Namespace, q: list[Array], keys_values: Array, seen: list[int], mask: Array
+) -> tuple[Array, Array, Array]:
+    """One softmax for each of some tiles, over all keys that a strip of its queries sees: products and sums are of a
+    tile's own keys; what goes by elements is done for all tiles at once, padded to the widest.
 
-
-def attention_scores(q: Array, keys: Array, mask: Array) -> Array:
-    """Masked scores of a strip's scaled queries against all keys up to its last: [B, K/G, g·t, n].
-
-    Only the last t columns, the strip against itself, need the mask: all keys before the strip are visible.
+    q [B, K/G, g·t, e] of each tile, scaled; mask [g·t, t] -> the heads' output before its division [p, B, K/G, g·t, e],
+    each row's largest score, and its sum of exp(score - largest) [p, B, K/G, g·t, 1]. (`einsum` sums short rows faster
+    than `sum`.)
     """
-    scores = q @ keys.swapaxes(-1, -2)  # [B, K/G, g*t, e] -> [B, K/G, g*t, n]
-    add_mask(scores, mask, mask.shape[0])
-    return scores
+    keys, values = keys_values[0].swapaxes(-1, -2), keys_values[1]  # -> [B, K/G, e, S], [B, K/G, S, e]
+    probs = xp.empty((len(q), *q[0].shape[:-1], max(seen)), dtype=q[0].dtype)  # [p, B, K/G, g*t, n]
+    if min(seen) < max(seen):
+        probs[...] = -xp.inf  # where a tile sees less than the widest
+    for rows, scores, last in zip(q, probs, seen):
+        attention_scores(xp, rows, keys[..., :last], mask, out=scores[..., :last])
+    largest = probs.max(axis=-1, keepdims=True)  # [p, B, K/G, g*t, n] -> [p, B, K/G, g*t, 1]
+    probs -= largest
+    xp.exp(probs, out=probs)
+    heads = xp.empty((len(q), *q[0].shape), dtype=q[0].dtype)  # [p, B, K/G, g*t, e]
+    total = xp.empty_like(largest)
+    for found, sums, weights, last in zip(heads, total, probs, seen):
+        sums[..., 0] = xp.einsum("bkqn->bkq", weights[..., :last])
+        xp.matmul(weights[..., :last], values[:, :, :last], out=found)
+    return heads, largest, total
+
+
+def write_rows(x: Array, tiles: list[int], queries: slice, length: int, rows: Array) -> None:
+    """Put rows [p, B, K/G, g·t, e] in the place of some tiles' queries in x [p, B, K/G, g·s, e]."""
+    if queries.stop - queries.start == length:
+        x[tiles] = rows
+        return
+    of_head = x.reshape(*x.shape[:3], -1, length, x.shape[-1])  # [p, B, K/G, g*s, e] -> [p, B, K/G, g, s, e]
+    of_head[tiles, ..., queries, :] = rows.reshape(len(tiles), *of_head.shape[1:4], -1, x.shape[-1])
+
+
+def attention_scores(xp: Namespace, q: Array, keys: Array, mask: Array, out: Array) -> None:
+    """Masked scores of a strip's scaled queries [B, K/G, g·t, e] against all keys up to its last [B, K/G, e, n], into
+    `out` [B, K/G, g·t, n].
+
+    Only the last t columns, the strip against itself, need the mask [g·t, t]: all keys before the strip are visible.
+    """
+    xp.matmul(q, keys, out=out)
+    out[..., -mask.shape[1] :] += mask
+
+
+def padded_together(q: Array, seen: Sequence[int]) -> list[list[int]]:
+    """The tiles of a stack q [p, B, K/G, g·s, e] in groups to be taken at a time, so that scores padded to the widest
+    of a group have at most PADDED_BYTES. Tiles that see nearly as many keys are taken together: little is padded."""
+    each = math.prod(q.shape[1:4]) * q.dtype.itemsize
+    groups: list[list[int]] = []
+    for tile in sorted(range(len(seen)), key=seen.__getitem__):
+        if groups and each * seen[tile] * (len(groups[-1]) + 1) <= PADDED_BYTES:
+            groups[-1].append(tile)
+        else:
+            groups.append([tile])
+    return groups
 
 
 def add_mask(scores: Array, mask: Array, length: int) -> None:
     """Add the mask [w, w] in place to scores [..., g·t, n] of `length` queries t of each head: to the first w against
     the last w keys."""
     width = mask.shape[0]
-    scores.reshape(*scores.shape[:-2], -1, length, scores.shape[-1])[..., :width, -width:] += mask
+    by_head = scores.reshape(*scores.shape[:-2], -1, length, scores.shape[-1])  # [..., g*t, n] -> [..., g, t, n]
+    by_head[..., :width, -width:] += mask
 
 
 def with_column(xp: Namespace, x: Array, column: Array | float) -> Array:
@@ -152,7 +202,7 @@ def with_column(xp: Namespace, x: Array, column: Array | float) -> Array:
 
 def attend_backward(
     xp: Namespace, dheads: Array, q: Array, keys_values: Array, visible: Sequence[int], mask: Array, heads: Array,
-    logsumexp: Array
+    logsumexp: Array, blocks: int = 1
 ) -> tuple[Array, list[Array]]:
     """The softmax is recomputed from its log-sum-exp, so no [g·s, n] array is ever kept, nor made: the work goes by
     chunks of keys that fit the cache. The plain form, with p the softmax, and all of it at once:
@@ -163,7 +213,8 @@ def attend_backward(
     of ones: so it costs no pass over the result. A tile's keys before its own are met tile by tile, its own by all
     tiles of the stack at once: of those each sees as many.
 
-    dheads [p, B, K/G, g·s, e] -> dq [p, B, K/G, g·s, e] and, for each tile, dk and dv [2, B, K/G, n, e].
+    dheads [p, B, K/G, g·s, e] -> dq [p, B, K/G, g·s, e] and, for each tile, dk and dv [2, B, K/G, n, e]. B may be the
+    sequences of several `blocks`: the chunks, and so the bits, are those of one.
     """
     length, scale = mask.shape[0], q.shape[-1] ** -0.5
     scaled = q * scale
@@ -174,20 +225,22 @@ def attend_backward(
     wide = with_column(xp, keys_values, 1.0)  # [2, B, K/G, S, e] -> [2, B, K/G, S, e+1]
     dq = xp.zeros_like(q)
     dkeys_values = [xp.empty((*keys_values.shape[:3], seen, q.shape[-1]), dtype=q.dtype) for seen in visible]
-    for tile, seen in enumerate(visible):
-        for chunk in chunks_before(q[tile], seen - length):
-            dq[tile] += chunk_backward(
-                xp, queries[tile], centred[tile], scaled[tile], dheads[tile], wide[:, :, :, chunk], None,
-                out=dkeys_values[tile][:, :, :, chunk])
-    own = xp.stack([wide[:, :, :, seen - length : seen] for seen in visible], axis=1)  # -> [2, p, B, K/G, s, e+1]
+    before = [seen - length for seen in visible]
+    for tiles in padded_together(q, visible):
+        each = [(queries[tile], centred[tile], scaled[tile], dheads[tile]) for tile in tiles]
+        for first, widths in chunks_before(q, blocks, [before[tile] for tile in tiles]):
+            before_backward(xp, each, wide, first, widths, out=[(dq[tile], dkeys_values[tile]) for tile in tiles])
+    tiles = [seen // length - 1 for seen in visible]
+    by_tile = wide.reshape(*wide.shape[:3], -1, length, wide.shape[-1])  # [2, B, K/G, S, e+1] -> [2, B, K/G, T, s, e+1]
+    own = by_tile[:, :, :, tiles].transpose(0, 3, 1, 2, 4, 5)  # -> [2, p, B, K/G, s, e+1]
     down = xp.empty((*own.shape[:-1], q.shape[-1]), dtype=q.dtype)  # [2, p, B, K/G, s, e]
     for first in range(0, length, DIAGONAL):
-        chunk = slice(first, min(first + DIAGONAL, length))
-        found = chunk_backward(
-            xp, rows_from(queries, first, length), rows_from(centred, first, length), rows_from(scaled, first, length),
-            rows_from(dheads, first, length), own[..., chunk, :], mask[chunk, chunk], out=down[..., chunk, :],
-            rows=length - first)
-        dq_rows = of_queries(dq, slice(first, length), length)
+        chunk, after = slice(first, min(first + DIAGONAL, length)), slice(first, length)
+        rows = (rows_of(queries, after, length), rows_of(centred, after, length), rows_of(scaled, after, length),
+                rows_of(dheads, after, length))
+        found = own_backward(
+            xp, rows, own[..., chunk, :], mask[chunk, chunk], length - first, out=down[..., chunk, :])
+        dq_rows = of_queries(dq, after, length)
         dq_rows += found.reshape(dq_rows.shape)
     for tile, seen in enumerate(visible):
         dkeys_values[tile][:, :, :, seen - length :] = down[:, tile]
@@ -195,41 +248,63 @@ def attend_backward(
     return dq, dkeys_values
 
 
-def chunk_backward(
-    xp: Namespace, queries: Array, centred: Array, scaled: Array, dheads: Array, wide: Array, mask: Array | None,
-    out: Array, rows: int = 0
-) -> Array:
-    """What r rows of queries of each head and a chunk of c keys give each other: dq [..., g·r, e], before its scale,
-    and, into `out` [2, ..., c, e], the gradients of keys and values.
+Rows: TypeAlias = tuple[Array, Array, Array, Array]
+"""Of some queries, what their keys are multiplied with: the scaled queries, and the gradients of the heads' output,
+each with a column for what is subtracted from their products [..., e+1]; and both without it [..., e]."""
 
-    queries, centred [..., g·r, e+1]; scaled, dheads [..., g·r, e]; wide: keys and values [2, ..., c, e+1]. Where the
-    chunk is of the tile itself: mask [c, c], and r rows of each head.
+
+def before_backward(
+    xp: Namespace, rows: list[Rows], wide: Array, first: int, widths: list[int], out: list[tuple[Array, Array]]
+) -> None:
+    """What some tiles and a chunk of keys before them give each other: of the keys from `first` on, tile i sees
+    widths[i]. Products are of a tile's own keys; what goes by elements is done for all tiles at once, padded.
+
+    rows of all queries of each tile [B, K/G, g·s, ...]; wide: keys and values [2, B, K/G, S, e+1]. In `out`, of each
+    tile, dq [B, K/G, g·s, e], before its scale, is added to, and the chunk's dk and dv [2, B, K/G, n, e] are written.
     """
+    keys, values = wide.swapaxes(-1, -2)  # -> [B, K/G, e+1, S], [B, K/G, e+1, S]
+    new = xp.empty if min(widths) == max(widths) else xp.zeros
+    shape = len(rows), *rows[0][0].shape[:-1], max(widths)
+    probs, dscores = new(shape, dtype=wide.dtype), new(shape, dtype=wide.dtype)  # -> [p, B, K/G, g*s, c], ...
+    for (queries, centred, _, _), scores, slopes, width in zip(rows, probs, dscores, widths):
+        if width:
+            xp.matmul(queries, keys[..., first : first + width], out=scores[..., :width])
+            xp.matmul(centred, values[..., first : first + width], out=slopes[..., :width])
+    xp.exp(probs, out=probs)
+    dscores *= probs
+    plain = wide[0, ..., :-1]  # [2, B, K/G, S, e+1] -> [B, K/G, S, e]
+    for (_, _, scaled, dheads), weights, slopes, width, (dq, found) in zip(rows, probs, dscores, widths, out):
+        if width:
+            dk, dv = found[:, :, :, first : first + width]  # -> [B, K/G, c, e], [B, K/G, c, e]
+            xp.matmul(weights[..., :width].swapaxes(-1, -2), dheads, out=dv)
+            xp.matmul(slopes[..., :width].swapaxes(-1, -2), scaled, out=dk)
+            dq += slopes[..., :width] @ plain[:, :, first : first + width]
+
+
+def chunks_before(q: Array, blocks: int, before: list[int]) -> list[tuple[int, list[int]]]:
+    """The keys before some tiles in chunks (first, how many of them each tile sees): so many that their scores against
+    all queries of a tile q [p, B, K/G, g·s, e], of one of the blocks, take about CHUNK_BYTES."""
+    step = max(DIAGONAL, CHUNK_BYTES // (math.prod(q.shape[1:4]) // blocks * q.dtype.itemsize))
+    return [(first, [min(step, max(0, count - first)) for count in before]) for first in range(0, max(before), step)]
+
+
+def own_backward(xp: Namespace, rows: Rows, wide: Array, mask: Array, count: int, out: Array) -> Array:
+    """What the last r = count queries of each head and a chunk of c keys of the same tile give each other, for all
+    tiles: dq [p, B, K/G, g·r, e], before its scale, and, into `out` [2, p, B, K/G, c, e], the gradients of keys and
+    values.
+
+    rows [p, B, K/G, g·r, ...]; wide: keys and values [2, p, B, K/G, c, e+1]; mask [c, c].
+    """
+    queries, centred, scaled, dheads = rows
     keys, values = wide
-    probs = queries @ keys.swapaxes(-1, -2)  # [..., g*r, e+1] -> [..., g*r, c]
-    if mask is not None:
-        add_mask(probs, mask, rows)
+    probs = queries @ keys.swapaxes(-1, -2)  # [p, B, K/G, g*r, e+1] -> [p, B, K/G, g*r, c]
+    add_mask(probs, mask, count)
     xp.exp(probs, out=probs)
     xp.matmul(probs.swapaxes(-1, -2), dheads, out=out[1])
-    dscores = centred @ values.swapaxes(-1, -2)  # [..., g*r, e+1] -> [..., g*r, c]
+    dscores = centred @ values.swapaxes(-1, -2)  # [p, B, K/G, g*r, e+1] -> [p, B, K/G, g*r, c]
     dscores *= probs
     xp.matmul(dscores.swapaxes(-1, -2), scaled, out=out[0])
-    return dscores @ keys[..., :-1]  # [..., g*r, c] -> [..., g*r, e]
-
-
-def chunks_before(q: Array, before: int) -> list[slice]:
-    """The `before` keys before a tile in chunks: so many that their scores against all of the tile's queries
-    q [B, K/G, g·s, e] take about CHUNK_BYTES."""
-    step = max(DIAGONAL, CHUNK_BYTES // (math.prod(q.shape[:3]) * q.dtype.itemsize))
-    return [slice(first, min(first + step, before)) for first in range(0, before, step)]
-
-
-def rows_from(x: Array, first: int, length: int) -> Array:
-    """The rows of x [p, B, K/G, g·s, ...] that belong to the queries from `first` on, of each query head."""
-    if first == 0:
-        return x
-    rows = of_queries(x, slice(first, length), length)
-    return rows.reshape(*x.shape[:3], -1, x.shape[-1])
+    return dscores @ keys[..., :-1]  # [p, B, K/G, g*r, c] -> [p, B, K/G, g*r, e]
 
 
 def add_keys(left: Array, right: Array) -> Array:

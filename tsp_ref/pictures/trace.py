@@ -46,8 +46,9 @@ def _span(lane: Lane, span: Span) -> Event:
     if span.what == "wait":
         name = f"wait: {_name(lane.messages[span.message])}" if span.message >= 0 else "other ranks' turns"
     elif span.block >= 0:
-        name += f", block {span.block}, slot {span.slot}"
-        arguments |= {"block": span.block, "slot": span.slot}
+        last = span.slot + span.tiles - 1
+        name += f", block {span.block}, " + (f"slot {last}" if span.tiles == 1 else f"slots {span.slot}-{last}")
+        arguments |= {"block": span.block, "slot": span.slot, "tiles": span.tiles}
     return {"name": name, "cat": span.what, "ph": "X", "ts": begin, "dur": _microseconds(span.end) - begin,
             "args": arguments} | _place(lane.rank)
 

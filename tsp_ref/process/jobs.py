@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = ("--text", "README.md")  # for commands whose text does not matter: the standard library takes long to read
+TEXT = ("--text", "docs")  # for commands whose text does not matter: the standard library takes long to read
 
 # As it is before any test: jobs are started beside tests that change it for themselves.
 BEFORE = dict(os.environ)

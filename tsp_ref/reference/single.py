@@ -7,37 +7,14 @@ worked on a stack at a time.
 
 from __future__ import annotations
 
-from functools import partial
-
 from ..accounting.phase import phase
 from ..arrays import Array
 from ..grid.tree import Tree
+from ..model import tilewise
 from ..model.activations import AttentionSaved, HeadSaved, MlpSaved, Saved
 from ..model.model import Model
-from ..model.parameters import Parameters, mlp_views
-from ..model.tilewise import (
-    BlockSums,
-    add_residual,
-    attend,
-    attended_backward,
-    forget,
-    in_order_of_slots,
-    in_order_of_text,
-    joined,
-    keep_block,
-    keep_projected,
-    keys_values_tree,
-    losses_of,
-    norm_of,
-    normalise,
-    normalise_backward,
-    project,
-    project_backward,
-    squares,
-)
-from ..ops.embedding import embed_backward, embed_forward
-from ..ops.loss import logits_backward, logits_forward, merge_triples
-from ..ops.mlp import swiglu_backward, swiglu_forward
+from ..model.parameters import Parameters
+from ..model.tilewise import BlockSums
 
 
 @phase("embedding", "forward")
@@ -46,8 +23,8 @@ def embedding_forward(model: Model, tokens: Array, weights: Parameters) -> Array
     output = BlockSums(model)
     for block, table in zip(model.grid.blocks, weights.embedding):
         for stack in model.stacks:
-            output.add(stack, block, embed_forward(model.xp, tokens[stack.tiles], table, block * len(table)))
-    return joined(model, output.finish())
+            output.add(stack, block, tilewise.embed(model, tokens, table, block, stack))
+    return tilewise.joined(model, output.finish())
 
 
 @phase("embedding", "backward")
@@ -56,25 +33,27 @@ def embedding_backward(model: Model, dx: Array, tokens: Array, weights: Paramete
     for block, out in zip(model.grid.blocks, gradients.embedding):
         dtable = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
-            leaves = model.empty("working", len(stack.slots), *out.shape)
-            embed_backward(model.xp, dx[stack.tiles], tokens[stack.tiles], block * len(out), out=leaves)
-            dtable.add_stack(stack.slots, leaves)
+            tilewise.embed_backward(model, dx, tokens, out.shape, block, stack, dtable)
         out[...] = out + dtable.total if model.config.tied_head else dtable.total
 
 
 @phase("attention", "forward")
 def attention_forward(model: Model, x: Array, weights: Parameters, layer: int) -> tuple[Array, AttentionSaved]:
     """x plus the attention of the normed x [p, B, s, h]."""
-    normed = normalise(model, x, weights.gains[2 * layer])
+    normed = tilewise.normalise(model, x, weights.gains[2 * layer])
     output, saved = BlockSums(model), AttentionSaved(x)
+    tilewise.keep_blocks(model, saved, model.grid.blocks)
     for block, packed in zip(model.grid.blocks, weights.attention[layer]):
-        keep_block(model, saved, block)
         for stack in model.stacks:
-            project(model, normed, packed, saved, block, stack)
-        keys_values = in_order_of_text(model, {0: saved.keys_values[block]})  # -> [2, B, K/G, S, e]
+            tilewise.project(model, normed, packed, saved, block, stack)
+    for blocks in model.head_groups:
+        whole = tilewise.keys_values_of(model, saved, blocks)  # -> [2, m*B, K/G, S, e]
         for stack in model.stacks:
-            output.add(stack, block, attend(model, keys_values, packed, saved, block, stack))
-    return add_residual(model, x, output.finish()), saved
+            tilewise.attend(model, whole, saved, blocks, stack)
+            for block in blocks:
+                packed = weights.attention[layer][block]
+                output.add(stack, block, tilewise.output(model, packed, saved, block, stack))
+    return tilewise.add_residual(model, x, output.finish()), saved
 
 
 @phase("attention", "backward")
@@ -83,20 +62,24 @@ def attention_backward(
 ) -> Array:
     """dy [p, B, s, h] -> dx; writes the layer's attention gradients and the tiles' gain gradients [p, 2L+1, h]."""
     gain = weights.gains[2 * layer]
-    normed = normalise(model, saved.x, gain)
+    normed = tilewise.normalise(model, saved.x, gain)
     dnormed = BlockSums(model)
-    for block, packed, out in zip(model.grid.blocks, weights.attention[layer], gradients.attention[layer]):
-        keys_values = in_order_of_text(model, {0: saved.keys_values[block]})  # -> [2, B, K/G, S, e]
-        dq, dkeys_values = model.empty("working", *saved.q[block].shape), keys_values_tree(model)
+    for blocks in model.head_groups:
+        packed = weights.attention[layer][blocks.start : blocks.stop]  # [m, size of a packed block]
+        whole, given = tilewise.keys_values_of(model, saved, blocks), tilewise.keys_values_tree(model)
+        dq = model.empty("working", *saved.of_blocks(blocks).q.shape)  # [p, m, B, K/G, g*s, e]
         for stack in model.stacks:
-            dq[stack.tiles] = attended_backward(model, dy, keys_values, packed, saved, block, stack, dkeys_values)
-        of_tiles = in_order_of_slots(model, dkeys_values.total)  # [2, B, K/G, S, e] -> [p, 2, B, K/G, s, e]
-        dweights = Tree[Array](range(model.config.tiles))
-        for stack in model.stacks:
-            dnormed.add(stack, block, project_backward(
-                model, dy, dq, of_tiles, normed, packed, saved, block, stack, dweights))
-        out[...] = dweights.total
-    dx = normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer])
+            dq[stack.tiles] = tilewise.attend_backward(model, dy, whole, packed, saved, blocks, stack, given)
+        dkeys_values = tilewise.in_order_of_slots(model, given.total)  # -> [p, 2, m, B, K/G, s, e]
+        del whole, given
+        for number, block in enumerate(blocks):
+            dweights = Tree[Array](range(model.config.tiles))
+            for stack in model.stacks:
+                dnormed.add(stack, block, tilewise.project_backward(
+                    model, dy, dq[:, number], dkeys_values[:, :, number], normed, packed[number], saved, block, stack,
+                    dweights))
+            gradients.attention[layer][block] = dweights.total
+    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer])
     dx += dy
     return dx
 
@@ -104,15 +87,13 @@ def attention_backward(
 @phase("mlp", "forward")
 def mlp_forward(model: Model, x: Array, weights: Parameters, layer: int) -> tuple[Array, MlpSaved]:
     """x plus the gated feed-forward of the normed x [p, B, s, h]."""
-    normed = normalise(model, x, weights.gains[2 * layer + 1])
+    normed = tilewise.normalise(model, x, weights.gains[2 * layer + 1])
     output, saved = BlockSums(model), MlpSaved(x)
     for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
-        gate_up, down = mlp_views(model.config, packed)  # -> [h, 2*f/G], [f/G, h]
-        projected = saved.projected[block] = keep_projected(model, gate_up)  # [p, B*s, 2*f/G]
+        tilewise.keep_projected(model, saved, block)
         for stack in model.stacks:
-            tiles = stack.tiles
-            output.add(stack, block, swiglu_forward(model.xp, normed[tiles], gate_up, down, out=projected[tiles]))
-    return add_residual(model, x, output.finish()), saved
+            output.add(stack, block, tilewise.feed(model, normed, packed, saved, block, stack))
+    return tilewise.add_residual(model, x, output.finish()), saved
 
 
 @phase("mlp", "backward")
@@ -121,20 +102,15 @@ def mlp_backward(
 ) -> Array:
     """dy [p, B, s, h] -> dx; writes the layer's MLP gradients and the tiles' gain gradients [p, 2L+1, h]."""
     gain = weights.gains[2 * layer + 1]
-    normed = normalise(model, saved.x, gain)
+    normed = tilewise.normalise(model, saved.x, gain)
     dnormed = BlockSums(model)
     for block, packed, out in zip(model.grid.blocks, weights.mlp[layer], gradients.mlp[layer]):
-        gate_up, down = mlp_views(model.config, packed)  # -> [h, 2*f/G], [f/G, h]
-        projected, dweights = saved.projected[block], Tree[Array](range(model.config.tiles))
+        dweights = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
-            tiles = stack.tiles
-            leaves = model.empty("working", len(stack.slots), packed.size)
-            dnormed.add(stack, block, swiglu_backward(
-                model.xp, dy[tiles], normed[tiles], gate_up, down, projected[tiles],
-                out=mlp_views(model.config, leaves)))
-            dweights.add_stack(stack.slots, leaves)
+            dnormed.add(stack, block, tilewise.feed_backward(
+                model, dy, normed, packed, saved, block, stack, dweights))
         out[...] = dweights.total
-    dx = normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer + 1])
+    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer + 1])
     dx += dy
     return dx
 
@@ -142,13 +118,12 @@ def mlp_backward(
 @phase("head", "forward")
 def head_forward(model: Model, x: Array, targets: Array, weights: Parameters) -> tuple[float, HeadSaved]:
     """The mean cross-entropy over all tokens, in nats. The logits exist for one block of the vocabulary at a time."""
-    normed = normalise(model, x, weights.gains[-1])
-    triples = BlockSums(model, partial(merge_triples, model.xp))
+    normed = tilewise.normalise(model, x, weights.gains[-1])
+    triples = BlockSums(model, tilewise.merge_triples(model))
     for block, table in zip(model.grid.blocks, weights.head_table):
         for stack in model.stacks:
-            triples.add(stack, block, logits_forward(
-                model.xp, normed[stack.tiles], table, targets[stack.tiles], block * len(table)))
-    losses, saved = losses_of(model, triples.finish(), x)
+            triples.add(stack, block, tilewise.logits(model, normed, table, targets, block, stack))
+    losses, saved = tilewise.losses_of(model, triples.finish(), x)
     return mean_loss(model, losses), saved
 
 
@@ -157,19 +132,15 @@ def head_backward(
     model: Model, saved: HeadSaved, targets: Array, weights: Parameters, gradients: Parameters, dgain: Array
 ) -> Array:
     """Returns dx [p, B, s, h]; writes the head's gradient and the tiles' gain gradients [p, 2L+1, h]."""
-    normed = normalise(model, saved.x, weights.gains[-1])
+    normed = tilewise.normalise(model, saved.x, weights.gains[-1])
     dnormed = BlockSums(model)
     for block, table, out in zip(model.grid.blocks, weights.head_table, gradients.head_table):
         dtable = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
-            tiles = stack.tiles
-            leaves = model.empty("working", len(stack.slots), *table.shape)
-            dnormed.add(stack, block, logits_backward(
-                model.xp, 1.0 / model.config.num_tokens, normed[tiles], table, targets[tiles], block * len(table),
-                saved.logsumexp[tiles], out=leaves))
-            dtable.add_stack(stack.slots, leaves)
+            dnormed.add(stack, block, tilewise.logits_backward(
+                model, normed, table, targets, saved, block, stack, dtable))
         out[...] = dtable.total
-    return normalise_backward(model, dnormed.finish(), saved.x, weights.gains[-1], dgain[:, -1])
+    return tilewise.normalise_backward(model, dnormed.finish(), saved.x, weights.gains[-1], dgain[:, -1])
 
 
 @phase("loss", "forward")
@@ -198,7 +169,7 @@ def model_forward(model: Model, weights: Parameters, tokens: Array, targets: Arr
         attention.append(saved)
         x, kept = mlp_forward(model, x, weights, layer)
         mlp.append(kept)
-        forget(model, saved, kept)
+        tilewise.forget(model, saved, kept)
     loss, head = head_forward(model, x, targets, weights)
     return loss, Saved(tokens, targets, attention, mlp, head)
 
@@ -226,5 +197,5 @@ def gradient_norm(model: Model, gradients: Parameters) -> float:
     """The Euclidean norm of all gradients: squares summed over blocks by the tree, then over the tensors."""
     tree = Tree[Array](range(model.config.blocks))
     for position, block in enumerate(model.grid.blocks):
-        tree.add(block, squares(model, gradients, position))
-    return norm_of(model, tree.total, gradients)
+        tree.add(block, tilewise.squares(model, gradients, position))
+    return tilewise.norm_of(model, tree.total, gradients)

@@ -62,8 +62,7 @@ class ScatterKeysValues:
 
     def __init__(self, comm: Communicator, model: Model, given: Tree[Array], block: int) -> None:
         self.comm, self.model, grid = comm, model, model.grid
-        self.pieces = given.pieces()
-        config = model.config
+        pieces, config = given.pieces(), model.config
         tile = 2, config.batch_size, config.kv_heads_per_block, config.tile_len, config.head_dim
         self.expected: list[list[tuple[int, Node]]] = []
         self.receives: list[Request] = []
@@ -75,25 +74,22 @@ class ScatterKeysValues:
                 self.expected.append(expected)
                 self.receives.append(comm.Irecv(buffer, peer, Tag.KEYS_VALUES_GRADIENTS, block=block))
         for peer in comm.others:
-            found = [piece for slot in grid.slots_of(peer) for _, piece in self._of_tile(slot)]
+            found = [piece for slot in grid.slots_of(peer) for _, piece in of_tile(model, pieces, slot)]
             if found:
                 # A piece is a slice of one tile out of a longer gradient; a message must be contiguous.
                 message = model.empty("buffers", len(found), *tile)
                 for place, piece in enumerate(found):
                     message[place] = piece
                 self.sends.append(comm.Isend(message, peer, Tag.KEYS_VALUES_GRADIENTS, block=block))
-
-    def _of_tile(self, slot: int) -> list[tuple[Node, Array]]:
-        """The pieces at hand that reach a slot's keys, each cut to them [2, B, K/G, s, e]."""
-        keys = self.model.grid.tokens(slot)
-        return [(node, piece[:, :, :, keys]) for node, piece in self.pieces if piece.shape[3] >= keys.stop]
+        # Copies, so that the gradients of all other ranks' keys are not kept alive by them.
+        self.own = {slot: [(node, piece.copy()) for node, piece in of_tile(model, pieces, slot)] for slot in grid.slots}
 
     def wait(self) -> Array:
         """The gradients of this rank's own keys and values [p, 2, B, K/G, s, e], merged in the order of arrival."""
         grid = self.model.grid
         trees = {slot: Tree[Array](grid.readers(slot), of=grid.num_tiles) for slot in grid.slots}
         for slot, tree in trees.items():
-            for (level, index), piece in self._of_tile(slot):
+            for (level, index), piece in self.own[slot]:
                 tree.add(index, piece, level)
         while self.receives:
             arrived = self.comm.Waitany(self.receives)
@@ -101,6 +97,12 @@ class ScatterKeysValues:
                 trees[slot].add(index, piece, level)
         self.comm.Waitall(self.sends)
         return self.model.xp.stack([tree.total for tree in trees.values()])  # [p, 2, B, K/G, s, e]
+
+
+def of_tile(model: Model, pieces: list[tuple[Node, Array]], slot: int) -> list[tuple[Node, Array]]:
+    """The pieces [2, B, K/G, n, e] that reach a slot's keys, each cut to them [2, B, K/G, s, e]."""
+    keys = model.grid.tokens(slot)
+    return [(node, piece[:, :, :, keys]) for node, piece in pieces if piece.shape[3] >= keys.stop]
 
 
 def reaching(model: Model, slots: tuple[int, ...], slot: int) -> list[Node]:

@@ -11,6 +11,10 @@ from ..model.model import Model
 from .order import backwards_from, owned_blocks, rounds
 from .tags import Tag
 
+FIRST = 4
+"""Blocks of a broadcast that are posted while the sub-layer before is still at work: small ones, under a long work
+(chosen by measurement in virtual time)."""
+
 
 class Ring:
     """The blocks of a tensor go round, rank r -> r+1. A rank uses its own first, then its left neighbour's, and so on,
@@ -90,7 +94,7 @@ class Broadcast:
 
     def start(self) -> None:
         """Post the first blocks."""
-        self.post(PREFETCH)
+        self.post(FIRST)
 
     def post(self, until: int) -> None:
         """Of the blocks before step `until`: Isend this rank's own to all, Irecv every other from its owner."""
@@ -115,7 +119,3 @@ class Broadcast:
     def finish(self) -> None:
         """Wait for the sends."""
         self.comm.Waitall(self.sends)
-
-
-PREFETCH = 2
-"""Blocks of a broadcast that are in flight while one is used."""

@@ -13,8 +13,6 @@ Read beside `reference.single`: the same functions in the same order; what diffe
 
 from __future__ import annotations
 
-from functools import partial
-
 from ..accounting.phase import phase
 from ..arrays import Array
 from ..comm.communicator import Communicator
@@ -23,10 +21,7 @@ from ..grid.tree import Tree
 from ..model import tilewise
 from ..model.activations import AttentionSaved, HeadSaved, MlpSaved, Saved
 from ..model.model import Model
-from ..model.parameters import Parameters, mlp_views
-from ..ops.embedding import embed_backward, embed_forward
-from ..ops.loss import logits_backward, logits_forward, merge_triples
-from ..ops.mlp import swiglu_backward, swiglu_forward
+from ..model.parameters import Parameters
 from .all_reduce import AllReduceTiles, all_reduce
 from .tags import Tag
 
@@ -43,7 +38,7 @@ def embedding_forward(comm: Communicator, model: Model, tokens: Array, weights: 
     for stack in model.stacks:
         for block, table in zip(model.grid.blocks, weights.embedding):
             comm.progress(block, *stack.place)
-            output.add(stack, block, embed_forward(model.xp, tokens[stack.tiles], table, block * len(table)))
+            output.add(stack, block, tilewise.embed(model, tokens, table, block, stack))
     return tilewise.joined(model, output.finish())
 
 
@@ -56,9 +51,7 @@ def embedding_backward(
         dtable = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
             comm.progress(block, *stack.place)
-            leaves = model.empty("working", len(stack.slots), *out.shape)
-            embed_backward(model.xp, dx[stack.tiles], tokens[stack.tiles], block * len(out), out=leaves)
-            dtable.add_stack(stack.slots, leaves)
+            tilewise.embed_backward(model, dx, tokens, out.shape, block, stack, dtable)
         out[...] = out + dtable.total if model.config.tied_head else dtable.total
 
 
@@ -69,17 +62,19 @@ def attention_forward(
     """x plus the attention of the normed x [p, B, s, h]."""
     normed = tilewise.normalise(model, x, weights.gains[2 * layer])
     output, saved = AllReduceTiles(comm, model, Tag.ATTENTION_SUMS), AttentionSaved(x)
-    whole: dict[int, Array] = {}
-    for block, packed in zip(model.grid.blocks, weights.attention[layer]):
-        tilewise.keep_block(model, saved, block)
+    packed = dict(zip(model.grid.blocks, weights.attention[layer]))
+    tilewise.keep_blocks(model, saved, model.grid.blocks)
+    for block in model.grid.blocks:
         for stack in model.stacks:
             comm.progress(block, *stack.place)
-            tilewise.project(model, normed, packed, saved, block, stack)
-        whole[block] = tilewise.in_order_of_text(model, {0: saved.keys_values[block]})  # -> [2, B, K/G, S, e]
+            tilewise.project(model, normed, packed[block], saved, block, stack)
+    whole = [tilewise.keys_values_of(model, saved, blocks) for blocks in model.head_groups]
     for stack in model.stacks:
-        for block, packed in zip(model.grid.blocks, weights.attention[layer]):
-            comm.progress(block, *stack.place)
-            output.add(stack, block, tilewise.attend(model, whole[block], packed, saved, block, stack))
+        for keys_values, blocks in zip(whole, model.head_groups):
+            comm.progress(blocks.start, *stack.place)
+            tilewise.attend(model, keys_values, saved, blocks, stack)
+            for block in blocks:
+                output.add(stack, block, tilewise.output(model, packed[block], saved, block, stack))
     return tilewise.add_residual(model, x, output.finish()), saved
 
 
@@ -92,19 +87,24 @@ def attention_backward(
     gain = weights.gains[2 * layer]
     normed = tilewise.normalise(model, saved.x, gain)
     dnormed = AllReduceTiles(comm, model, Tag.ATTENTION_SUMS)
-    for block, packed, out in zip(model.grid.blocks, weights.attention[layer], gradients.attention[layer]):
-        whole = tilewise.in_order_of_text(model, {0: saved.keys_values[block]})  # -> [2, B, K/G, S, e]
-        dq, given = model.empty("working", *saved.q[block].shape), tilewise.keys_values_tree(model)
+    own = model.grid.blocks.start
+    for blocks in model.head_groups:
+        packed = weights.attention[layer][blocks.start - own : blocks.stop - own]  # [m, size of a packed block]
+        whole, given = tilewise.keys_values_of(model, saved, blocks), tilewise.keys_values_tree(model)
+        dq = model.empty("working", *saved.of_blocks(blocks).q.shape)  # [p, m, B, K/G, g*s, e]
         for stack in model.stacks:
-            comm.progress(block, *stack.place)
-            dq[stack.tiles] = tilewise.attended_backward(model, dy, whole, packed, saved, block, stack, given)
-        dkeys_values = tilewise.in_order_of_slots(model, given.total)  # [2, B, K/G, S, e] -> [p, 2, B, K/G, s, e]
-        dweights = Tree[Array](range(model.config.tiles))
-        for stack in model.stacks:
-            comm.progress(block, *stack.place)
-            dnormed.add(stack, block, tilewise.project_backward(
-                model, dy, dq, dkeys_values, normed, packed, saved, block, stack, dweights))
-        out[...] = dweights.total
+            comm.progress(blocks.start, *stack.place)
+            dq[stack.tiles] = tilewise.attend_backward(model, dy, whole, packed, saved, blocks, stack, given)
+        dkeys_values = tilewise.in_order_of_slots(model, given.total)  # -> [p, 2, m, B, K/G, s, e]
+        del whole, given
+        for number, block in enumerate(blocks):
+            dweights = Tree[Array](range(model.config.tiles))
+            for stack in model.stacks:
+                comm.progress(block, *stack.place)
+                dnormed.add(stack, block, tilewise.project_backward(
+                    model, dy, dq[:, number], dkeys_values[:, :, number], normed, packed[number], saved, block, stack,
+                    dweights))
+            gradients.attention[layer][block - own] = dweights.total
     dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer])
     dx += dy
     return dx
@@ -117,14 +117,12 @@ def mlp_forward(
     """x plus the gated feed-forward of the normed x [p, B, s, h]."""
     normed = tilewise.normalise(model, x, weights.gains[2 * layer + 1])
     output, saved = AllReduceTiles(comm, model, Tag.MLP_SUMS), MlpSaved(x)
-    for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
-        saved.projected[block] = tilewise.keep_projected(model, mlp_views(model.config, packed)[0])  # [p, B*s, 2*f/G]
+    for block in model.grid.blocks:
+        tilewise.keep_projected(model, saved, block)
     for stack in model.stacks:
         for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
             comm.progress(block, *stack.place)
-            gate_up, down = mlp_views(model.config, packed)  # -> [h, 2*f/G], [f/G, h]
-            output.add(stack, block, swiglu_forward(
-                model.xp, normed[stack.tiles], gate_up, down, out=saved.projected[block][stack.tiles]))
+            output.add(stack, block, tilewise.feed(model, normed, packed, saved, block, stack))
     return tilewise.add_residual(model, x, output.finish()), saved
 
 
@@ -138,16 +136,11 @@ def mlp_backward(
     normed = tilewise.normalise(model, saved.x, gain)
     dnormed = AllReduceTiles(comm, model, Tag.MLP_SUMS)
     for block, packed, out in zip(model.grid.blocks, weights.mlp[layer], gradients.mlp[layer]):
-        gate_up, down = mlp_views(model.config, packed)  # -> [h, 2*f/G], [f/G, h]
-        projected, dweights = saved.projected[block], Tree[Array](range(model.config.tiles))
+        dweights = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
             comm.progress(block, *stack.place)
-            tiles = stack.tiles
-            leaves = model.empty("working", len(stack.slots), packed.size)
-            dnormed.add(stack, block, swiglu_backward(
-                model.xp, dy[tiles], normed[tiles], gate_up, down, projected[tiles],
-                out=mlp_views(model.config, leaves)))
-            dweights.add_stack(stack.slots, leaves)
+            dnormed.add(stack, block, tilewise.feed_backward(
+                model, dy, normed, packed, saved, block, stack, dweights))
         out[...] = dweights.total
     dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer + 1])
     dx += dy
@@ -160,12 +153,11 @@ def head_forward(
 ) -> tuple[float, HeadSaved]:
     """The mean cross-entropy over all tokens, in nats. The logits exist for one block of the vocabulary at a time."""
     normed = tilewise.normalise(model, x, weights.gains[-1])
-    triples = AllReduceTiles(comm, model, Tag.HEAD_SUMS, partial(merge_triples, model.xp))
+    triples = AllReduceTiles(comm, model, Tag.HEAD_SUMS, tilewise.merge_triples(model))
     for stack in model.stacks:
         for block, table in zip(model.grid.blocks, weights.head_table):
             comm.progress(block, *stack.place)
-            triples.add(stack, block, logits_forward(
-                model.xp, normed[stack.tiles], table, targets[stack.tiles], block * len(table)))
+            triples.add(stack, block, tilewise.logits(model, normed, table, targets, block, stack))
     losses, saved = tilewise.losses_of(model, triples.finish(), x)
     return mean_loss(comm, model, losses), saved
 
@@ -182,12 +174,8 @@ def head_backward(
         dtable = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
             comm.progress(block, *stack.place)
-            tiles = stack.tiles
-            leaves = model.empty("working", len(stack.slots), *table.shape)
-            dnormed.add(stack, block, logits_backward(
-                model.xp, 1.0 / model.config.num_tokens, normed[tiles], table, targets[tiles], block * len(table),
-                saved.logsumexp[tiles], out=leaves))
-            dtable.add_stack(stack.slots, leaves)
+            dnormed.add(stack, block, tilewise.logits_backward(
+                model, normed, table, targets, saved, block, stack, dtable))
         out[...] = dtable.total
     return tilewise.normalise_backward(model, dnormed.finish(), saved.x, weights.gains[-1], dgain[:, -1])
 

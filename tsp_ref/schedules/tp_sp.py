@@ -14,7 +14,6 @@ Read beside `reference.single`: the same functions in the same order; what diffe
 from __future__ import annotations
 
 from collections import deque
-from functools import partial
 
 from ..accounting.phase import phase
 from ..arrays import Array
@@ -24,10 +23,7 @@ from ..grid.tree import Tree
 from ..model import tilewise
 from ..model.activations import AttentionSaved, HeadSaved, MlpSaved, Saved
 from ..model.model import Model
-from ..model.parameters import Parameters, mlp_views
-from ..ops.embedding import embed_backward, embed_forward
-from ..ops.loss import logits_backward, logits_forward, merge_triples
-from ..ops.mlp import swiglu_backward, swiglu_forward
+from ..model.parameters import Parameters
 from .all_reduce import AllReduceTiles, all_reduce
 from .gradients import AllReduceGradients, move_on
 from .keys_values import GatherKeysValues, ScatterKeysValues
@@ -47,7 +43,7 @@ def embedding_forward(mesh: Mesh, model: Model, tokens: Array, weights: Paramete
     for stack in model.stacks:
         for block, table in zip(model.grid.blocks, weights.embedding):
             mesh.progress(block, *stack.place)
-            output.add(stack, block, embed_forward(model.xp, tokens[stack.tiles], table, block * len(table)))
+            output.add(stack, block, tilewise.embed(model, tokens, table, block, stack))
     return tilewise.joined(model, output.finish())
 
 
@@ -57,19 +53,17 @@ def embedding_backward(
 ) -> AllReduceGradients:
     """The embedding's gradient in flight; where the head is tied to it, it is added to what the head has written."""
     owned = summed_blocks(model.grid)
-    summed = AllReduceGradients(mesh.tokens, model, gradients.embedding, owned, Tag.EMBEDDING_GRADIENTS,
+    reduce = AllReduceGradients(mesh.tokens, model, gradients.embedding, owned, Tag.EMBEDDING_GRADIENTS,
                                 tied=model.config.tied_head)
     for owner, block in rounds(owned, backwards_from(mesh.tokens.rank, mesh.tokens.size)):
         dtable = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
             mesh.progress(block, *stack.place)
-            leaves = model.empty("working", len(stack.slots), *weights.embedding.shape[1:])
-            embed_backward(model.xp, dx[stack.tiles], tokens[stack.tiles], block * leaves.shape[1], out=leaves)
-            dtable.add_stack(stack.slots, leaves)
-        summed.receive(owner, block)
-        summed.send(owner, block, dtable)
-    summed.receive_rest()
-    return summed
+            tilewise.embed_backward(model, dx, tokens, weights.embedding.shape[1:], block, stack, dtable)
+        reduce.receive(owner, block)
+        reduce.send(owner, block, dtable)
+    reduce.receive_rest()
+    return reduce
 
 
 @phase("attention", "forward")
@@ -88,7 +82,7 @@ def attention_forward(
     for step in range(len(blocks) + AHEAD):
         if step < len(blocks):
             block = model.grid.blocks[step]
-            tilewise.keep_block(model, saved, block)
+            tilewise.keep_blocks(model, saved, range(block, block + 1))
             for stack in model.stacks:
                 mesh.progress(block, *stack.place)
                 tilewise.project(model, normed, blocks[block], saved, block, stack)
@@ -98,7 +92,8 @@ def attention_forward(
             whole = gather.wait()  # -> [2, B, K/G, S, e]
             for stack in model.stacks:
                 mesh.progress(block, *stack.place)
-                output.add(stack, block, tilewise.attend(model, whole, blocks[block], saved, block, stack))
+                tilewise.attend(model, whole, saved, range(block, block + 1), stack)
+                output.add(stack, block, tilewise.output(model, blocks[block], saved, block, stack))
             del whole  # before the next block's are put together
     return tilewise.add_residual(model, x, output.finish()), saved
 
@@ -118,7 +113,7 @@ def attention_backward(
     dnormed, owned = AllReduceTiles(mesh.weights, model, Tag.ATTENTION_SUMS), summed_blocks(model.grid)
     order, blocks = rounds(owned, range(mesh.tokens.size)), dict(zip(model.grid.blocks, weights.attention[layer]))
     gather = GatherKeysValues(mesh.tokens, model, saved.keys_values, [block for _, block in order])
-    summed = AllReduceGradients(
+    reduce = AllReduceGradients(
         mesh.tokens, model, gradients.attention[layer], owned, Tag.ATTENTION_GRADIENTS, together=True)
     attended: deque[tuple[Array, ScatterKeysValues]] = deque()
     gather.start()
@@ -130,8 +125,8 @@ def attention_backward(
             dq, given = model.empty("working", *saved.q[block].shape), tilewise.keys_values_tree(model)
             for stack in model.stacks:
                 mesh.progress(block, *stack.place)
-                dq[stack.tiles] = tilewise.attended_backward(
-                    model, dy, whole, blocks[block], saved, block, stack, given)
+                dq[stack.tiles] = tilewise.attend_backward(
+                    model, dy, whole, [blocks[block]], saved, range(block, block + 1), stack, given)[:, 0]
             del whole  # before the next block's are put together
             attended.append((dq, ScatterKeysValues(mesh.tokens, model, given, block)))
             del given
@@ -143,11 +138,11 @@ def attention_backward(
                 mesh.progress(block, *stack.place)
                 dnormed.add(stack, block, tilewise.project_backward(
                     model, dy, dq, dkeys_values, normed, blocks[block], saved, block, stack, dweights))
-            summed.receive(owner, block)
-            summed.send(owner, block, dweights)
+            reduce.receive(owner, block)
+            reduce.send(owner, block, dweights)
     dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer])
     dx += dy
-    return dx, summed
+    return dx, reduce
 
 
 @phase("mlp", "forward")
@@ -157,14 +152,12 @@ def mlp_forward(
     """x plus the gated feed-forward of the normed x [p, B, s, h]."""
     normed = tilewise.normalise(model, x, weights.gains[2 * layer + 1])
     output, saved = AllReduceTiles(mesh.weights, model, Tag.MLP_SUMS), MlpSaved(x)
-    for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
-        saved.projected[block] = tilewise.keep_projected(model, mlp_views(model.config, packed)[0])  # [p, B*s, 2*f/G]
+    for block in model.grid.blocks:
+        tilewise.keep_projected(model, saved, block)
     for stack in model.stacks:
         for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
             mesh.progress(block, *stack.place)
-            gate_up, down = mlp_views(model.config, packed)  # -> [h, 2*f/G], [f/G, h]
-            output.add(stack, block, swiglu_forward(
-                model.xp, normed[stack.tiles], gate_up, down, out=saved.projected[block][stack.tiles]))
+            output.add(stack, block, tilewise.feed(model, normed, packed, saved, block, stack))
     return tilewise.add_residual(model, x, output.finish()), saved
 
 
@@ -177,24 +170,19 @@ def mlp_backward(
     gain, normed = weights.gains[2 * layer + 1], tilewise.normalise(model, saved.x, weights.gains[2 * layer + 1])
     dnormed, owned = AllReduceTiles(mesh.weights, model, Tag.MLP_SUMS), summed_blocks(model.grid)
     blocks = dict(zip(model.grid.blocks, weights.mlp[layer]))
-    summed = AllReduceGradients(mesh.tokens, model, gradients.mlp[layer], owned, Tag.MLP_GRADIENTS)
+    reduce = AllReduceGradients(mesh.tokens, model, gradients.mlp[layer], owned, Tag.MLP_GRADIENTS)
     for owner, block in rounds(owned, backwards_from(mesh.tokens.rank, mesh.tokens.size)):
-        gate_up, down = mlp_views(model.config, blocks[block])  # -> [h, 2*f/G], [f/G, h]
-        projected, dweights = saved.projected[block], Tree[Array](range(model.config.tiles))
+        dweights = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
             mesh.progress(block, *stack.place)
-            tiles = stack.tiles
-            leaves = model.empty("working", len(stack.slots), blocks[block].size)
-            dnormed.add(stack, block, swiglu_backward(
-                model.xp, dy[tiles], normed[tiles], gate_up, down, projected[tiles],
-                out=mlp_views(model.config, leaves)))
-            dweights.add_stack(stack.slots, leaves)
-        summed.receive(owner, block)  # Irecv what another rank computed of a block that this rank sums
-        summed.send(owner, block, dweights)  # Isend what this rank computed of another's
-    summed.receive_rest()
+            dnormed.add(stack, block, tilewise.feed_backward(
+                model, dy, normed, blocks[block], saved, block, stack, dweights))
+        reduce.receive(owner, block)  # Irecv what another rank computed of a block that this rank sums
+        reduce.send(owner, block, dweights)  # Isend what this rank computed of another's
+    reduce.receive_rest()
     dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer + 1])
     dx += dy
-    return dx, summed
+    return dx, reduce
 
 
 @phase("head", "forward")
@@ -203,12 +191,11 @@ def head_forward(
 ) -> tuple[float, HeadSaved]:
     """The mean cross-entropy over all tokens, in nats. The logits exist for one block of the vocabulary at a time."""
     normed = tilewise.normalise(model, x, weights.gains[-1])
-    triples = AllReduceTiles(mesh.weights, model, Tag.HEAD_SUMS, partial(merge_triples, model.xp))
+    triples = AllReduceTiles(mesh.weights, model, Tag.HEAD_SUMS, tilewise.merge_triples(model))
     for stack in model.stacks:
         for block, table in zip(model.grid.blocks, weights.head_table):
             mesh.progress(block, *stack.place)
-            triples.add(stack, block, logits_forward(
-                model.xp, normed[stack.tiles], table, targets[stack.tiles], block * len(table)))
+            triples.add(stack, block, tilewise.logits(model, normed, table, targets, block, stack))
     losses, saved = tilewise.losses_of(model, triples.finish(), x)
     return mean_loss(mesh, model, losses), saved
 
@@ -222,22 +209,18 @@ def head_backward(
     normed = tilewise.normalise(model, saved.x, weights.gains[-1])
     dnormed, owned = AllReduceTiles(mesh.weights, model, Tag.HEAD_SUMS), summed_blocks(model.grid)
     tables = dict(zip(model.grid.blocks, weights.head_table))
-    summed = AllReduceGradients(mesh.tokens, model, gradients.head_table, owned, Tag.HEAD_GRADIENTS)
+    reduce = AllReduceGradients(mesh.tokens, model, gradients.head_table, owned, Tag.HEAD_GRADIENTS)
     for owner, block in rounds(owned, backwards_from(mesh.tokens.rank, mesh.tokens.size)):
         table, dtable = tables[block], Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
             mesh.progress(block, *stack.place)
-            tiles = stack.tiles
-            leaves = model.empty("working", len(stack.slots), *table.shape)
-            dnormed.add(stack, block, logits_backward(
-                model.xp, 1.0 / model.config.num_tokens, normed[tiles], table, targets[tiles], block * len(table),
-                saved.logsumexp[tiles], out=leaves))
-            dtable.add_stack(stack.slots, leaves)
-        summed.receive(owner, block)
-        summed.send(owner, block, dtable)
-    summed.receive_rest()
+            dnormed.add(stack, block, tilewise.logits_backward(
+                model, normed, table, targets, saved, block, stack, dtable))
+        reduce.receive(owner, block)
+        reduce.send(owner, block, dtable)
+    reduce.receive_rest()
     dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, weights.gains[-1], dgain[:, -1])
-    return dx, summed
+    return dx, reduce
 
 
 @phase("loss", "forward")
@@ -274,21 +257,21 @@ def model_forward(
 def model_backward(mesh: Mesh, model: Model, saved: Saved, weights: Parameters, gradients: Parameters) -> None:
     """Writes the gradient of the loss into `gradients`; uses up what was saved, layer by layer."""
     dgain = model.empty("working", len(model.grid.slots), *weights.gains.shape)
-    dx, summed = head_backward(mesh, model, saved.head, saved.targets, weights, gradients, dgain)
-    in_flight = [summed]
+    dx, reduce = head_backward(mesh, model, saved.head, saved.targets, weights, gradients, dgain)
+    in_flight = [reduce]
     for layer in reversed(range(model.config.num_layers)):
         if model.recompute == "full":
             x, saved.attention[-1] = attention_forward(mesh, model, saved.attention[-1].x, weights, layer)
             saved.mlp[-1] = mlp_forward(mesh, model, x, weights, layer)[1]
             del x  # which the MLP's backward is the last to need
-        dx, summed = mlp_backward(mesh, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
-        in_flight = move_on(in_flight, summed)
+        dx, reduce = mlp_backward(mesh, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
+        in_flight = move_on(in_flight, reduce)
         if model.recompute == "attention":
             saved.attention[-1] = attention_forward(mesh, model, saved.attention[-1].x, weights, layer)[1]
-        dx, summed = attention_backward(mesh, model, dx, saved.attention.pop(), weights, layer, gradients, dgain)
-        in_flight = move_on(in_flight, summed)
-    summed = embedding_backward(mesh, model, dx, saved.tokens, weights, gradients)
-    in_flight = move_on(in_flight, summed)
+        dx, reduce = attention_backward(mesh, model, dx, saved.attention.pop(), weights, layer, gradients, dgain)
+        in_flight = move_on(in_flight, reduce)
+    reduce = embedding_backward(mesh, model, dx, saved.tokens, weights, gradients)
+    in_flight = move_on(in_flight, reduce)
     gains_backward(mesh, model, dgain, gradients)
     while in_flight:
         in_flight = move_on(in_flight)
@@ -296,7 +279,7 @@ def model_backward(mesh: Mesh, model: Model, saved: Saved, weights: Parameters, 
 
 @phase("optimizer", "backward")
 def gradient_norm(mesh: Mesh, model: Model, gradients: Parameters) -> float:
-    """The Euclidean norm of all gradients, the same bits on every rank: squares summed over blocks by the tree."""
+    """The Euclidean norm of all gradients, the same bits on every rank: squares reduce over blocks by the tree."""
     partials = model.xp.stack([tilewise.squares(model, gradients, place) for place in range(len(model.grid.blocks))])
     total = all_reduce(mesh.weights, model.grid.blocks_of, partials, Tag.GRADIENT_NORM)
     return tilewise.norm_of(model, total, gradients)

@@ -17,7 +17,6 @@ Read beside `reference.single`: the same functions in the same order; what diffe
 from __future__ import annotations
 
 from collections import deque
-from functools import partial
 
 from ..accounting.phase import phase
 from ..arrays import Array
@@ -27,11 +26,8 @@ from ..grid.tree import Tree
 from ..model import tilewise
 from ..model.activations import AttentionSaved, HeadSaved, MlpSaved, Saved
 from ..model.model import Model
-from ..model.parameters import Parameters, mlp_views
+from ..model.parameters import Parameters
 from ..model.tilewise import BlockSums
-from ..ops.embedding import embed_backward, embed_forward
-from ..ops.loss import logits_backward, logits_forward, merge_triples
-from ..ops.mlp import swiglu_backward, swiglu_forward
 from .all_reduce import all_reduce
 from .gradients import ReduceToOwner
 from .keys_values import GatherKeysValues, ScatterKeysValues
@@ -61,7 +57,7 @@ def embedding_forward(
             start(following)
         for stack in model.stacks:
             comm.progress(block, *stack.place)
-            output.add(stack, block, embed_forward(model.xp, tokens[stack.tiles], table, block * len(table)))
+            output.add(stack, block, tilewise.embed(model, tokens, table, block, stack))
     ring.finish()
     return tilewise.joined(model, output.finish())
 
@@ -72,21 +68,19 @@ def embedding_backward(
 ) -> ReduceToOwner:
     """Sends the embedding's gradients to their owners; where the head is tied to it, they are added to the head's.
 
-    The rows themselves are not needed, so nothing circulates: every rank works for each owner in turn, as in the ring.
+    The rows themselves are not needed, so nothing circulates: every rank works for the owners in the ring's order.
     """
-    owned = owned_blocks(model.grid)
-    home = ReduceToOwner(comm, model, gradients.embedding, owned, Tag.EMBEDDING_GRADIENTS, tied=model.config.tied_head)
+    owned, tied = owned_blocks(model.grid), model.config.tied_head
+    reduce = ReduceToOwner(comm, model, gradients.embedding, owned, Tag.EMBEDDING_GRADIENTS, tied=tied)
     for owner, block in rounds(owned, backwards_from(comm.rank, comm.size)):
         dtable = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
             comm.progress(block, *stack.place)
-            leaves = model.empty("working", len(stack.slots), *weights.embedding.shape[1:])
-            embed_backward(model.xp, dx[stack.tiles], tokens[stack.tiles], block * leaves.shape[1], out=leaves)
-            dtable.add_stack(stack.slots, leaves)
-        home.receive(owner, block)
-        home.send(owner, block, dtable)
-    home.receive_rest()
-    return home
+            tilewise.embed_backward(model, dx, tokens, weights.embedding.shape[1:], block, stack, dtable)
+        reduce.receive(owner, block)
+        reduce.send(owner, block, dtable)
+    reduce.receive_rest()
+    return reduce
 
 
 @phase("attention", "forward")
@@ -110,7 +104,7 @@ def attention_forward(
             _, block = heads.order[step]
             packed = heads.wait(step)  # until this block is here
             heads.post(step + 1 + AHEAD)  # Isend, or Irecv, those of the next steps
-            tilewise.keep_block(model, saved, block)
+            tilewise.keep_blocks(model, saved, range(block, block + 1))
             for stack in model.stacks:
                 comm.progress(block, *stack.place)
                 tilewise.project(model, normed, packed, saved, block, stack)
@@ -123,7 +117,8 @@ def attention_forward(
             whole = gather.wait()  # -> [2, B, K/G, S, e]
             for stack in model.stacks:
                 comm.progress(block, *stack.place)
-                output.add(stack, block, tilewise.attend(model, whole, packed, saved, block, stack))
+                tilewise.attend(model, whole, saved, range(block, block + 1), stack)
+                output.add(stack, block, tilewise.output(model, packed, saved, block, stack))
             del whole  # before the next block's are put together
     heads.finish()
     return tilewise.add_residual(model, x, output.finish()), saved
@@ -145,7 +140,7 @@ def attention_backward(
     dnormed = BlockSums(model)
     heads = heads or Broadcast(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS)
     gather = gather or GatherKeysValues(comm, model, saved.keys_values, [block for _, block in heads.order])
-    home = ReduceToOwner(
+    reduce = ReduceToOwner(
         comm, model, gradients.attention[layer], owned_blocks(model.grid), Tag.ATTENTION_GRADIENTS, together=True)
     attended: deque[tuple[int, int, Array, Array, ScatterKeysValues]] = deque()
     start((gather, heads))
@@ -155,10 +150,11 @@ def attention_backward(
             packed, whole = heads.wait(step), gather.wait()  # -> [2, B, K/G, S, e]
             heads.post(step + 1 + AHEAD)
             gather.post(step + 1 + AHEAD)
-            dq, given = model.empty("working", *saved.q[block].shape), tilewise.keys_values_tree(model)
+            this, given = range(block, block + 1), tilewise.keys_values_tree(model)
+            dq = model.empty("working", *saved.q[block].shape)  # [p, B, K/G, g*s, e]
             for stack in model.stacks:
                 comm.progress(block, *stack.place)
-                dq[stack.tiles] = tilewise.attended_backward(model, dy, whole, packed, saved, block, stack, given)
+                dq[stack.tiles] = tilewise.attend_backward(model, dy, whole, [packed], saved, this, stack, given)[:, 0]
             del whole  # before the next block's are put together
             attended.append((owner, block, packed, dq, ScatterKeysValues(comm, model, given, block)))
             del given
@@ -171,12 +167,12 @@ def attention_backward(
                 comm.progress(block, *stack.place)
                 dnormed.add(stack, block, tilewise.project_backward(
                     model, dy, dq, dkeys_values, normed, packed, saved, block, stack, dweights))
-            home.receive(owner, block)  # Irecv what others computed of this rank's block
-            home.send(owner, block, dweights)  # Isend what this rank computed of another's
+            reduce.receive(owner, block)  # Irecv what others computed of this rank's block
+            reduce.send(owner, block, dweights)  # Isend what this rank computed of another's
     heads.finish()
     dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer])
     dx += dy
-    return dx, home
+    return dx, reduce
 
 
 @phase("mlp", "forward")
@@ -194,12 +190,10 @@ def mlp_forward(
         ring.post()  # Irecv the next block from the left, Isend this one to the right
         if ring.all_posted:
             start(following)  # the first blocks of the next sub-layer
-        gate_up, down = mlp_views(model.config, packed)  # -> [h, 2*f/G], [f/G, h]
-        projected = saved.projected[block] = tilewise.keep_projected(model, gate_up)  # [p, B*s, 2*f/G]
+        tilewise.keep_projected(model, saved, block)
         for stack in model.stacks:
             comm.progress(block, *stack.place)
-            tiles = stack.tiles
-            output.add(stack, block, swiglu_forward(model.xp, normed[tiles], gate_up, down, out=projected[tiles]))
+            output.add(stack, block, tilewise.feed(model, normed, packed, saved, block, stack))
     ring.finish()
     return tilewise.add_residual(model, x, output.finish()), saved
 
@@ -212,7 +206,7 @@ def mlp_backward(
     """dy [p, B, s, h] -> dx, and the layer's MLP gradients in flight; writes the tiles' gain gradients."""
     gain, normed = weights.gains[2 * layer + 1], tilewise.normalise(model, saved.x, weights.gains[2 * layer + 1])
     dnormed = BlockSums(model)
-    home = ReduceToOwner(comm, model, gradients.mlp[layer], owned_blocks(model.grid), Tag.MLP_GRADIENTS)
+    reduce = ReduceToOwner(comm, model, gradients.mlp[layer], owned_blocks(model.grid), Tag.MLP_GRADIENTS)
     ring = ring or Ring(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS)
     ring.start()
     for step, (owner, block) in enumerate(ring.order):
@@ -220,23 +214,18 @@ def mlp_backward(
         ring.post()
         if ring.all_posted:
             start(following)
-        gate_up, down = mlp_views(model.config, packed)  # -> [h, 2*f/G], [f/G, h]
-        projected, dweights = saved.projected[block], Tree[Array](range(model.config.tiles))
+        dweights = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
             comm.progress(block, *stack.place)
-            tiles = stack.tiles
-            leaves = model.empty("working", len(stack.slots), packed.size)
-            dnormed.add(stack, block, swiglu_backward(
-                model.xp, dy[tiles], normed[tiles], gate_up, down, projected[tiles],
-                out=mlp_views(model.config, leaves)))
-            dweights.add_stack(stack.slots, leaves)
-        home.receive(owner, block)  # Irecv what another rank computed of this rank's block
-        home.send(owner, block, dweights)  # Isend what this rank computed of another's
+            dnormed.add(stack, block, tilewise.feed_backward(
+                model, dy, normed, packed, saved, block, stack, dweights))
+        reduce.receive(owner, block)  # Irecv what another rank computed of this rank's block
+        reduce.send(owner, block, dweights)  # Isend what this rank computed of another's
     ring.finish()
-    home.receive_rest()
+    reduce.receive_rest()
     dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer + 1])
     dx += dy
-    return dx, home
+    return dx, reduce
 
 
 @phase("head", "forward")
@@ -245,7 +234,7 @@ def head_forward(
 ) -> tuple[float, HeadSaved]:
     """The mean cross-entropy over all tokens, in nats, on every rank. The logits exist for one block at a time."""
     normed = tilewise.normalise(model, x, weights.gains[-1])
-    triples = BlockSums(model, partial(merge_triples, model.xp))
+    triples = BlockSums(model, tilewise.merge_triples(model))
     ring = ring or Ring(comm, model, weights.head_table, Tag.HEAD_WEIGHTS)
     ring.start()
     for step, (_, block) in enumerate(ring.order):
@@ -253,8 +242,7 @@ def head_forward(
         ring.post()
         for stack in model.stacks:
             comm.progress(block, *stack.place)
-            triples.add(stack, block, logits_forward(
-                model.xp, normed[stack.tiles], table, targets[stack.tiles], block * len(table)))
+            triples.add(stack, block, tilewise.logits(model, normed, table, targets, block, stack))
     ring.finish()
     losses, saved = tilewise.losses_of(model, triples.finish(), x)
     return mean_loss(comm, model, losses), saved
@@ -268,7 +256,7 @@ def head_backward(
     """Returns dx [p, B, s, h], and the head's gradients in flight; writes the tiles' gain gradients."""
     normed = tilewise.normalise(model, saved.x, weights.gains[-1])
     dnormed = BlockSums(model)
-    home = ReduceToOwner(comm, model, gradients.head_table, owned_blocks(model.grid), Tag.HEAD_GRADIENTS)
+    reduce = ReduceToOwner(comm, model, gradients.head_table, owned_blocks(model.grid), Tag.HEAD_GRADIENTS)
     ring = Ring(comm, model, weights.head_table, Tag.HEAD_WEIGHTS)
     ring.start()
     for step, (owner, block) in enumerate(ring.order):
@@ -279,17 +267,13 @@ def head_backward(
         dtable = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
             comm.progress(block, *stack.place)
-            tiles = stack.tiles
-            leaves = model.empty("working", len(stack.slots), *table.shape)
-            dnormed.add(stack, block, logits_backward(
-                model.xp, 1.0 / model.config.num_tokens, normed[tiles], table, targets[tiles], block * len(table),
-                saved.logsumexp[tiles], out=leaves))
-            dtable.add_stack(stack.slots, leaves)
-        home.receive(owner, block)
-        home.send(owner, block, dtable)
+            dnormed.add(stack, block, tilewise.logits_backward(
+                model, normed, table, targets, saved, block, stack, dtable))
+        reduce.receive(owner, block)
+        reduce.send(owner, block, dtable)
     ring.finish()
-    home.receive_rest()
-    return tilewise.normalise_backward(model, dnormed.finish(), saved.x, weights.gains[-1], dgain[:, -1]), home
+    reduce.receive_rest()
+    return tilewise.normalise_backward(model, dnormed.finish(), saved.x, weights.gains[-1], dgain[:, -1]), reduce
 
 
 @phase("loss", "forward")
@@ -333,7 +317,7 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
     """Writes the gradient of the loss, for this rank's blocks, into `gradients`; uses up what was saved."""
     dgain = model.empty("working", len(model.grid.slots), *weights.gains.shape)
     layers = [messages_of_layer(comm, model, weights, saved, layer) for layer in range(model.config.num_layers)]
-    dx, home = head_backward(
+    dx, reduce = head_backward(
         comm, model, saved.head, saved.targets, weights, gradients, dgain, layers[-1].first(model.recompute))
     for layer in reversed(range(model.config.num_layers)):
         messages, attention = layers.pop(), saved.attention[-1]
@@ -341,23 +325,23 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
         if model.recompute == "full":
             x, _ = attention_forward(comm, model, attention.x, weights, layer, messages.heads_again,
                                      [messages.ring_again], attention)
-            _, saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer, messages.ring_again, [messages.ring])
+            saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer, messages.ring_again, [messages.ring])[1]
             del x  # which the MLP's backward is the last to need
-        dx, home_of_mlp = mlp_backward(
+        dx, reduce_mlp = mlp_backward(
             comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain, messages.ring,
             [messages.heads_again] if model.recompute == "attention" else last)
-        home.finish()
+        reduce.finish()
         if model.recompute == "attention":
             attention_forward(comm, model, attention.x, weights, layer, messages.heads_again, last, attention)
         del attention
-        dx, home = attention_backward(
+        dx, reduce = attention_backward(
             comm, model, dx, saved.attention.pop(), weights, layer, gradients, dgain, messages.heads,
             messages.keys_values, layers[-1].first(model.recompute) if layers else ())
-        home_of_mlp.finish()
-    home_of_embedding = embedding_backward(comm, model, dx, saved.tokens, weights, gradients)
-    home.finish()
+        reduce_mlp.finish()
+    reduce_embedding = embedding_backward(comm, model, dx, saved.tokens, weights, gradients)
+    reduce.finish()
     gains_backward(comm, model, dgain, gradients)
-    home_of_embedding.finish()
+    reduce_embedding.finish()
 
 
 @phase("optimizer", "backward")
