@@ -20,7 +20,7 @@ from tsp_ref.schedules import tsp
 from tsp_ref.schedules.gradients import ReduceToOwner
 from tsp_ref.schedules.keys_values import GatherKeysValues, ScatterKeysValues
 from tsp_ref.schedules.order import AHEAD, backwards_from, owned_blocks, rounds
-from tsp_ref.schedules.ring import PREFETCH, Broadcast, Ring
+from tsp_ref.schedules.ring import FIRST, Broadcast, Ring
 from tsp_ref.schedules.tags import Tag
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
@@ -107,25 +107,25 @@ def test_nothing_but_the_model_state_is_held_between_steps():
         assert held["activations"] == held["buffers"] == 0
 
 
-def round_the_ring(comm, model, shard):
-    """(owner, block, its weights), used as the MLP does: one at a time."""
+def round_the_ring(comm, model, shard, use):
+    """Use every block as the MLP does: one at a time."""
     ring = Ring(comm, model, shard, Tag.MLP_WEIGHTS)
     ring.start()
     for step, (owner, block) in enumerate(ring.order):
         held = ring.wait(step)
         ring.post()
-        yield owner, block, held
+        use(owner, block, held)
     ring.finish()
 
 
-def broadcast(comm, model, shard):
-    """(owner, block, its weights), used as attention does: each until two more are."""
+def broadcast(comm, model, shard, use):
+    """Use every block as attention does: each until two more are."""
     heads, in_use = Broadcast(comm, model, shard, Tag.ATTENTION_WEIGHTS), deque(maxlen=AHEAD)
     heads.start()
     for step, (owner, block) in enumerate(heads.order):
         held = heads.wait(step)
-        heads.post(step + 1 + PREFETCH)
-        yield owner, block, held
+        heads.post(step + 1 + AHEAD)
+        use(owner, block, held)
         in_use.append(held)
     heads.finish()
 
@@ -146,10 +146,11 @@ def test_a_few_blocks_of_weights_at_most_are_held_beside_a_rank_s_own(travel, ra
     def main(comm):
         model = Model(config, np, *folded(comm.rank, comm.size))
         shard = np.zeros((len(model.grid.blocks), 100), dtype=np.float32)
-        order = [(owner, block) for owner, block, _ in travel(comm, model, shard)]
+        order = []
+        travel(comm, model, shard, lambda owner, block, _: order.append((owner, block)))
         assert sorted(block for _, block in order) == list(range(config.blocks))
         if travel is broadcast:
-            most = others_within(order, comm.rank, 3 + PREFETCH)
+            most = others_within(order, comm.rank, 3 + AHEAD)
         else:
             most = min(2 + (ranks > 2), config.blocks - len(model.grid.blocks))
         return model.memory.peak["buffers"], 400 * most
@@ -160,24 +161,27 @@ def test_a_few_blocks_of_weights_at_most_are_held_beside_a_rank_s_own(travel, ra
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-@pytest.mark.parametrize(("travel", "ahead"), [(round_the_ring, 1), (broadcast, PREFETCH)])
-def test_the_next_blocks_are_asked_for_before_the_work_on_the_one_at_hand(travel, ahead, ranks):
-    """Round a ring one more, in a broadcast two, and no more than that."""
+@pytest.mark.parametrize("travel", [round_the_ring, broadcast])
+def test_the_next_blocks_are_asked_for_before_the_work_on_the_one_at_hand(travel, ranks):
+    """Round a ring one more, in a broadcast two and at its start three, and no more than that."""
     config = case_config("plain", "float32")
 
     def main(comm):
         model = Model(config, np, *folded(comm.rank, comm.size))
         shard = np.zeros((len(model.grid.blocks), 5), dtype=np.float32)
         order = rounds(owned_blocks(model.grid), range(comm.size))
-        used, others = 0, config.blocks - len(model.grid.blocks)
-        for step, (owner, _, _) in enumerate(travel(comm, model, shard)):
-            used += owner != comm.rank
-            asked_for = comm.ledger.sums("receive")[0]
+        used = []
+
+        def use(owner, block, _):
+            used.append(owner)
             if travel is broadcast:
-                assert asked_for == sum(owner != comm.rank for owner, _ in order[: step + 1 + ahead])
+                asked_for = sum(owner != comm.rank for owner, _ in order[: max(FIRST, len(used) + AHEAD)])
             else:
-                assert asked_for == min(used + ahead, others)
-        return used == others
+                asked_for = min(sum(owner != comm.rank for owner in used) + 1, config.blocks - len(model.grid.blocks))
+            assert comm.ledger.sums("receive")[0] == asked_for
+
+        travel(comm, model, shard, use)
+        return len(used) == config.blocks
 
     assert all(VirtualWorld(ranks, seed=2).run(main))
 
@@ -185,14 +189,21 @@ def test_the_next_blocks_are_asked_for_before_the_work_on_the_one_at_hand(travel
 def test_what_a_ring_passes_on_has_the_bytes_of_its_owner():
     config = case_config("nine blocks, eleven tiles", "float32")
 
+    def drawn(block):
+        return np.random.default_rng(block).standard_normal(7, dtype=np.float32)
+
     def main(comm):
         model = Model(config, np, *folded(comm.rank, comm.size))
-        own = [np.random.default_rng(block).standard_normal(7, dtype=np.float32) for block in model.grid.blocks]
+        own, used = np.stack([drawn(block) for block in model.grid.blocks]), []
+
+        def use(owner, block, held):
+            assert held.tobytes() == drawn(block).tobytes()
+            used.append(block)
+
         for travel in (round_the_ring, broadcast):
-            for _, block, held in travel(comm, model, np.stack(own)):
-                assert held.tobytes() == np.random.default_rng(block).standard_normal(7, dtype=np.float32).tobytes()
+            travel(comm, model, own, use)
         comm.finish()
-        return True
+        return sorted(used) == sorted([*range(config.blocks)] * 2)
 
     for ranks in range(1, 10):
         assert all(VirtualWorld(ranks, seed=ranks).run(main))
@@ -211,7 +222,7 @@ def test_attention_s_buffers_are_a_few_blocks_and_the_keys_and_values_of_one_blo
         whole = 2 * config.batch_size * config.seq_len * config.hidden_size * 4 // config.blocks
         order = rounds(owned_blocks(model.grid), range(comm.size))
         # One rank receives nothing, and what it puts in the order of the text is working set.
-        wanted = others_within(order, comm.rank, 3 + PREFETCH) * block + whole + 3 * whole * (ranks - 1) // ranks
+        wanted = others_within(order, comm.rank, 3 + AHEAD) * block + whole + 3 * whole * (ranks - 1) // ranks
         return model.memory.peak["buffers"], wanted if ranks > 1 else 0
 
     for peak, wanted in VirtualWorld(ranks, seed=1).run(main):
