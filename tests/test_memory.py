@@ -257,8 +257,12 @@ def test_gradients_of_keys_and_values_in_flight_are_one_message_from_and_one_to_
         model = Model(config, np, *folded(comm.rank, comm.size))
         given, (slot,) = tilewise.keys_values_tree(model), model.grid.slots
         shape = 2, config.batch_size, config.kv_heads_per_block
-        given.add(slot, np.ones((*shape, model.grid.visible(slot), config.head_dim), dtype=np.float32))
+        gradient = model.empty("working", *shape, model.grid.visible(slot), config.head_dim)
+        gradient[...] = 1.0
+        given.add(slot, gradient)
         scatter = ScatterKeysValues(comm, model, given, 0)
+        del given, gradient
+        assert model.memory.held["working"] == 0, "of the keys of all others nothing is kept but the messages"
         tile = 4 * int(np.prod(shape)) * config.tile_len * config.head_dim
         seen = model.grid.tile(slot)  # by this rank's queries, of other ranks' tiles; its own are seen by the others
         seeing = len(model.grid.readers(slot)) - 1
@@ -285,6 +289,7 @@ def test_gradients_in_flight_to_their_owners_are_those_of_a_few_blocks_at_a_time
             home.receive(owner, block)
             home.send(owner, block, partial)
             del partial, leaf
+            assert len(home.sends) <= AHEAD and len(home.arriving) <= AHEAD
         home.receive_rest()
         home.finish()
         assert out.tolist() == [[8.0] * 100]
