@@ -219,6 +219,13 @@ def test_a_rotation_by_whole_rows_is_that_of_the_two_halves():
     np.testing.assert_allclose(back, x, rtol=1e-12, atol=1e-14)
 
 
+def test_a_position_far_into_the_text_is_not_rounded():
+    table = rotary_table(np, 4097, 64, 16, 10000.0, "float32")
+    angles = np.arange(4097, 4097 + 64)[:, None] * 10000.0 ** (-np.arange(0, 16, 2) / 16)
+    np.testing.assert_allclose(table[0, :, :8], np.cos(angles), atol=1e-3)
+    np.testing.assert_allclose(table[1, :, 8:], np.sin(angles), atol=1e-3)
+
+
 def of_each_tile(operation, stacked, *others):
     """What an operation returns and writes for tiles one at a time, joined."""
     alone = [operation(*(part[tile : tile + 1] for part in stacked), *others) for tile in range(len(stacked[0]))]
