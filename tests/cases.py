@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
@@ -17,6 +18,7 @@ from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.model.config import Config, make_config
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, initial_parameters, named_views, zero_parameters
+from tsp_ref.ops import attention
 from tsp_ref.reference import single
 from tsp_ref.schedules import sp, tp, tp_sp, tsp
 from tsp_ref.schedules.gradients import AllReduceGradients
@@ -103,6 +105,12 @@ def perturbed_parameters(model: Model, seed: int = 7) -> Parameters:
     for _, tensor in parameters.tensors():
         tensor *= 8.0
     return parameters
+
+
+def cut_in_strips(monkeypatch: pytest.MonkeyPatch, longest: int) -> None:
+    """Attention's forward takes so many queries of a tile at a time, and remembers no other cut."""
+    monkeypatch.setattr(attention, "STRIP", longest)
+    monkeypatch.setattr(attention, "strips", attention.strips.__wrapped__)
 
 
 class Calls:

@@ -36,6 +36,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "arange": ("start", "stop", "step", "dtype"),
     "ascontiguousarray": ("a", "dtype"),
     "clip": ("a", "a_min", "a_max", "out"),
+    "concatenate": ("tup", "axis", "out"),
     "cos": ("x", "*", "out"),
     "divide": ("x1", "x2", "*", "out"),
     "einsum": ("subscripts", "*operands", "dtype"),
@@ -286,6 +287,10 @@ class Array:
         """New memory."""
         return self.gpu.apply(lambda raw: raw.copy(), (self,))
 
+    def max(self, axis: Any = None, out: Array | None = None, keepdims: bool = False) -> Array:
+        """The largest along an axis."""
+        return self.gpu.apply(np.max, (self,), out, axis=axis, keepdims=keepdims)
+
     def fill(self, value: Any) -> None:
         """With one number."""
         self[...] = value
@@ -301,6 +306,8 @@ class Array:
         target = self.raw[place]
         if not isinstance(target, np.ndarray):  # a single number
             target = self.raw[place if isinstance(place, tuple) else (place,)][..., None]
+        if not np.may_share_memory(target, self.raw):  # places in a list: where they lie is not said more closely
+            target = self.raw
         plain = self.gpu.plain(value)
         self.gpu.current.launch(self.gpu.arrays((index, value)), [target])
         self.raw[place] = plain

@@ -51,7 +51,8 @@ def test_a_log_is_appended_to_and_never_overwritten(capsys, tmp_path):
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert records[0] == {"mine": 1}
     assert records[1]["plan"] == {
-        "schedule": "tsp", "mesh": None, "layout": "zigzag", "recompute": "none", "counted": False}
+        "schedule": "tsp", "mesh": None, "layout": "zigzag", "recompute": "none", "counted": False,
+        "stack": None}
     assert records[1]["start"]["hidden_size"] == 64
     assert [record["step"] for record in records[2:5]] == [1, 2, 3]
     assert records[4]["loss"] < records[2]["loss"]
@@ -80,6 +81,9 @@ def test_a_run_on_text_of_one_s_own_learns_it(capsys, tmp_path):
     (["train", "--set", "hidden_size"], "--set hidden_size is not of the form field=value"),
     (["train", "--shuffle", "1", "--ranks", "20"], "ranks=20 is not possible"),
     (["train", "--schedule", "single", "--ranks", "2"], "--schedule single is one process"),
+    (["train", "--stack", "0", "--ranks", "2"],
+     "--stack 0 is not valid: use 1 or more tiles at a time, or leave it out"),
+    (["verify", "--stack", "-2"], "--stack -2 is not valid: use 1 or more tiles at a time, or leave it out"),
     (["verify", "--set", "tied_head=maybe"], "tied_head=maybe is not valid: use true or false"),
     (["verify", "--set", "dtype=float8"], "dtype=float8 is not valid: use float32 or float64"),
 ])

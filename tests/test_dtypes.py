@@ -5,8 +5,7 @@ import pytest
 from cases import case_config, random_text
 
 from tsp_ref.comm.virtual import VirtualWorld
-from tsp_ref.reference import single
-from tsp_ref.schedules import tsp
+from tsp_ref.ops import attention, loss, mlp, norm
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 
@@ -48,10 +47,8 @@ def test_a_float32_run_makes_no_float64_array(schedule, ranks):
 
 
 @pytest.mark.parametrize("module, name", [
-    (single, "rmsnorm_backward"), (tsp, "swiglu_forward"), (tsp, "attend_forward"), (tsp, "merge_triples")])
+    (norm, "rmsnorm_backward"), (mlp, "swiglu_forward"), (attention, "attend_forward"), (loss, "merge_triples")])
 def test_a_float64_scalar_anywhere_in_the_maths_is_seen(module, name, monkeypatch):
-    if not hasattr(module, name):
-        from tsp_ref.model import tilewise as module
     honest = getattr(module, name)
 
     def promoting(xp, first, *rest, **named):

@@ -3,7 +3,7 @@ computed anew, and in whatever order messages arrive."""
 
 import numpy as np
 import pytest
-from cases import case_config, plans, random_text, single_digest, single_training, virtual_digest
+from cases import case_config, cut_in_strips, plans, random_text, single_digest, single_training, virtual_digest
 
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.commands.verify import Judge, compare_step
@@ -57,7 +57,7 @@ def test_the_bits_agree_where_a_tile_is_several_strips_of_queries_and_chunks_of_
     config = case_config("grouped-query", "float32", num_layers=1)
     whole = single_digest(config, steps=1)
     monkeypatch.setattr(attention, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(attention, "STRIP", config.tile_len // 2)
+    cut_in_strips(monkeypatch, config.tile_len // 2)
     monkeypatch.setattr(attention, "DIAGONAL", config.tile_len // 4)
     chunked = virtual_digest(config, Plan("single"), 1, steps=1)
     assert chunked != whole, "sums in another order"

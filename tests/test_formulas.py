@@ -5,7 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from books import all_plans, sent_by, virtual_books
-from cases import CASES, case_config, cut
+from cases import CASES, case_config, cut, cut_in_strips
 
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.formulas.memory import activation_bytes, gain_bytes, itemsize, model_state_bytes
@@ -61,7 +61,7 @@ def test_the_books_are_the_formulas_where_a_tile_is_several_strips_and_takes_its
 ):
     config = case_config("grouped-query", "float32", num_layers=1, tiles=4)
     assert config.tile_len == 8
-    monkeypatch.setattr(attention, "STRIP", strip)
+    cut_in_strips(monkeypatch, strip)
     monkeypatch.setattr(attention, "DIAGONAL", diagonal)
     for plan, ranks in ((Plan("single", counted=True), 1), (Plan("tsp", counted=True), 2)):
         check(config, ranks, plan)

@@ -54,6 +54,26 @@ def test_all_ranks_agree_on_who_owns_what(blocks: int, tiles: int, size: int) ->
         assert [grid.slots_of(rank) for rank in range(size)] == [other.slots for other in world]
 
 
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize(("blocks", "tiles", "size"), WORLDS)
+def test_stacks_are_a_rank_s_slots_so_many_at_a_time(blocks: int, tiles: int, size: int, layout: str) -> None:
+    for grid in grids(blocks, tiles, size, layout=layout):
+        for most in (1, 2, 3, 4, tiles, 2 * tiles):
+            stacks = grid.stacks(most)
+            assert [slot for stack in stacks for slot in stack.slots] == list(grid.slots)
+            assert [stack.number for stack in stacks] == list(range(len(stacks)))
+            assert all(grid.slots[stack.tiles] == stack.slots for stack in stacks)
+            assert all(len(stack.slots) == most for stack in stacks[:-1]) and 1 <= len(stacks[-1].slots) <= most
+            assert all(stack.place == (stack.slots[0], len(stack.slots)) for stack in stacks)
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_the_tiles_of_a_rank_are_those_of_its_slots_in_order(layout: str) -> None:
+    for grid in along_tokens(11, 3, layout):
+        for rank in range(3):
+            assert grid.tiles_of(rank) == [grid.tile(slot) for slot in grid.slots_of(rank)]
+
+
 def test_slots_hold_the_tiles_from_both_ends_in_turn() -> None:
     assert [zigzag(slot, 8) for slot in range(8)] == [0, 7, 1, 6, 2, 5, 3, 4]
     assert [zigzag(slot, 5) for slot in range(5)] == [0, 4, 1, 3, 2]

@@ -2,6 +2,7 @@
 
 import gc
 import tracemalloc
+from collections import deque
 
 import numpy as np
 import pytest
@@ -12,10 +13,14 @@ from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.commands.holdings import activation_bytes, gain_bytes, model_state_bytes
 from tsp_ref.grid.grid import folded
 from tsp_ref.grid.tree import Tree
+from tsp_ref.model import tilewise
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import initial_parameters
 from tsp_ref.schedules import tsp
-from tsp_ref.schedules.collectives import AHEAD, ReduceToOwner, in_turn, own_last, turn, when_own_is_last
+from tsp_ref.schedules.gradients import ReduceToOwner
+from tsp_ref.schedules.keys_values import GatherKeysValues, ScatterKeysValues
+from tsp_ref.schedules.order import AHEAD, backwards_from, owned_blocks, rounds
+from tsp_ref.schedules.ring import FIRST, Broadcast, Ring
 from tsp_ref.schedules.tags import Tag
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
@@ -102,35 +107,81 @@ def test_nothing_but_the_model_state_is_held_between_steps():
         assert held["activations"] == held["buffers"] == 0
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-@pytest.mark.parametrize(("travel", "in_use"), [(tsp.ring, 1), (tsp.broadcasts, 3)])
-def test_a_few_blocks_of_weights_at_most_are_held_beside_a_rank_s_own(travel, in_use, ranks):
-    config = case_config("plain", "float32")
+def round_the_ring(comm, model, shard, use):
+    """Use every block as the MLP does: one at a time."""
+    ring = Ring(comm, model, shard, Tag.MLP_WEIGHTS)
+    ring.start()
+    for step, (owner, block) in enumerate(ring.order):
+        held = ring.wait(step)
+        ring.post()
+        use(owner, block, held)
+    ring.finish()
+
+
+def broadcast(comm, model, shard, use):
+    """Use every block as attention does: each until two more are."""
+    heads, in_use = Broadcast(comm, model, shard, Tag.ATTENTION_WEIGHTS), deque(maxlen=AHEAD)
+    heads.start()
+    for step, (owner, block) in enumerate(heads.order):
+        held = heads.wait(step)
+        heads.post(step + 1 + AHEAD)
+        use(owner, block, held)
+        in_use.append(held)
+    heads.finish()
+
+
+def others_within(order, rank, steps):
+    """The most blocks of other ranks among so many that follow one another."""
+    return max(sum(owner != rank for owner, _ in order[first : first + steps]) for first in range(len(order)))
+
+
+@pytest.mark.parametrize("case", ["plain", "nine blocks, eleven tiles"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("travel", [round_the_ring, broadcast])
+def test_a_few_blocks_of_weights_at_most_are_held_beside_a_rank_s_own(travel, ranks, case):
+    """Round a ring the one in use, the next, and the one before until it is sent on, which no block is between two
+    ranks. Of a broadcast three in use and the next two, less those of these five that are the rank's own."""
+    config = case_config(case, "float32")
 
     def main(comm):
         model = Model(config, np, *folded(comm.rank, comm.size))
         shard = np.zeros((len(model.grid.blocks), 100), dtype=np.float32)
-        blocks = [block for _, block, _ in travel(comm, model, shard, Tag.MLP_WEIGHTS)]
-        assert sorted(blocks) == list(range(config.blocks))
-        others = config.blocks - len(model.grid.blocks)
-        return model.memory.peak["buffers"] == 400 * min(in_use + AHEAD + (ranks > 2), others)
+        order = []
+        travel(comm, model, shard, lambda owner, block, _: order.append((owner, block)))
+        assert sorted(block for _, block in order) == list(range(config.blocks))
+        if travel is broadcast:
+            most = others_within(order, comm.rank, 3 + AHEAD)
+        else:
+            most = min(2 + (ranks > 2), config.blocks - len(model.grid.blocks))
+        return model.memory.peak["buffers"], 400 * most
 
-    assert all(VirtualWorld(ranks, seed=1).run(main))
+    for seed in range(3):
+        for peak, wanted in VirtualWorld(ranks, seed).run(main):
+            assert peak == wanted
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-@pytest.mark.parametrize(("travel", "in_use"), [(tsp.ring, 1), (tsp.broadcasts, 3)])
-def test_two_blocks_more_are_asked_for_before_the_work_on_the_one_at_hand(travel, in_use, ranks):
+@pytest.mark.parametrize("travel", [round_the_ring, broadcast])
+def test_the_next_blocks_are_asked_for_before_the_work_on_the_one_at_hand(travel, ranks):
+    """Round a ring one more, in a broadcast two and at its start three, and no more than that."""
     config = case_config("plain", "float32")
 
     def main(comm):
         model = Model(config, np, *folded(comm.rank, comm.size))
         shard = np.zeros((len(model.grid.blocks), 5), dtype=np.float32)
-        used, others = 0, config.blocks - len(model.grid.blocks)
-        for owner, _, _ in travel(comm, model, shard, Tag.MLP_WEIGHTS):
-            used += owner != comm.rank
-            assert comm.ledger.sums("receive")[0] >= min(used + AHEAD, others)
-        return used == others
+        order = rounds(owned_blocks(model.grid), range(comm.size))
+        used = []
+
+        def use(owner, block, _):
+            used.append(owner)
+            if travel is broadcast:
+                asked_for = sum(owner != comm.rank for owner, _ in order[: max(FIRST, len(used) + AHEAD)])
+            else:
+                asked_for = min(sum(owner != comm.rank for owner in used) + 1, config.blocks - len(model.grid.blocks))
+            assert comm.ledger.sums("receive")[0] == asked_for
+
+        travel(comm, model, shard, use)
+        return len(used) == config.blocks
 
     assert all(VirtualWorld(ranks, seed=2).run(main))
 
@@ -138,14 +189,21 @@ def test_two_blocks_more_are_asked_for_before_the_work_on_the_one_at_hand(travel
 def test_what_a_ring_passes_on_has_the_bytes_of_its_owner():
     config = case_config("nine blocks, eleven tiles", "float32")
 
+    def drawn(block):
+        return np.random.default_rng(block).standard_normal(7, dtype=np.float32)
+
     def main(comm):
         model = Model(config, np, *folded(comm.rank, comm.size))
-        own = [np.random.default_rng(block).standard_normal(7, dtype=np.float32) for block in model.grid.blocks]
-        for travel in (tsp.ring, tsp.broadcasts):
-            for _, block, held in travel(comm, model, np.stack(own), Tag.MLP_WEIGHTS):
-                assert held.tobytes() == np.random.default_rng(block).standard_normal(7, dtype=np.float32).tobytes()
+        own, used = np.stack([drawn(block) for block in model.grid.blocks]), []
+
+        def use(owner, block, held):
+            assert held.tobytes() == drawn(block).tobytes()
+            used.append(block)
+
+        for travel in (round_the_ring, broadcast):
+            travel(comm, model, own, use)
         comm.finish()
-        return True
+        return sorted(used) == sorted([*range(config.blocks)] * 2)
 
     for ranks in range(1, 10):
         assert all(VirtualWorld(ranks, seed=ranks).run(main))
@@ -162,30 +220,79 @@ def test_attention_s_buffers_are_a_few_blocks_and_the_keys_and_values_of_one_blo
         tsp.attention_forward(comm, model, x, weights, 0)
         block = weights.attention[0][0].nbytes
         whole = 2 * config.batch_size * config.seq_len * config.hidden_size * 4 // config.blocks
-        spare = min(3 + AHEAD + (ranks > 2), config.blocks - config.blocks // ranks)
-        return model.memory.peak["buffers"], spare * block + whole + 3 * whole * (ranks - 1) // ranks
+        order = rounds(owned_blocks(model.grid), range(comm.size))
+        # One rank receives nothing, and what it puts in the order of the text is working set.
+        wanted = others_within(order, comm.rank, 3 + AHEAD) * block + whole + 3 * whole * (ranks - 1) // ranks
+        return model.memory.peak["buffers"], wanted if ranks > 1 else 0
 
     for peak, wanted in VirtualWorld(ranks, seed=1).run(main):
         assert peak == wanted
 
 
-def test_gradients_on_their_way_home_are_those_of_a_few_blocks_at_a_time():
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_the_backward_s_keys_and_values_are_those_of_one_block_and_of_the_next_two_as_they_arrive(ranks):
+    config = case_config("plain", "float32", seq_len=32)
+
+    def main(comm):
+        model = Model(config, np, *folded(comm.rank, comm.size))
+        shape = (len(model.grid.slots), 2, config.batch_size, 1, config.tile_len, config.head_dim)
+        kept = {block: np.zeros(shape, dtype=np.float32) for block in range(config.blocks)}
+        gather = GatherKeysValues(comm, model, kept, list(kept))
+        gather.start()
+        for step in range(config.blocks):
+            whole = gather.wait()
+            gather.post(step + 1 + AHEAD)
+            nbytes = whole.nbytes
+            del whole
+        return model.memory.peak["buffers"], nbytes + 2 * nbytes * (ranks - 1) // ranks
+
+    for peak, wanted in VirtualWorld(ranks, seed=1).run(main):
+        assert peak == wanted
+
+
+def test_gradients_of_keys_and_values_in_flight_are_one_message_from_and_one_to_each_other_rank():
     config = case_config("plain", "float32", tiles=8)
 
     def main(comm):
         model = Model(config, np, *folded(comm.rank, comm.size))
-        blocks = [range(rank, rank + 1) for rank in range(comm.size)]
-        expected = when_own_is_last(blocks, comm.rank)
-        home = ReduceToOwner(comm, model, (100,), Tag.MLP_GRADIENTS, expected)
-        for owner, block in in_turn(blocks, comm.rank, own_last(comm.size)):
+        given, (slot,) = tilewise.keys_values_tree(model), model.grid.slots
+        shape = 2, config.batch_size, config.kv_heads_per_block
+        gradient = model.empty("working", *shape, model.grid.visible(slot), config.head_dim)
+        gradient[...] = 1.0
+        given.add(slot, gradient)
+        scatter = ScatterKeysValues(comm, model, given, 0)
+        del given, gradient
+        assert model.memory.held["working"] == 0, "of the keys of all others nothing is kept but the messages"
+        tile = 4 * int(np.prod(shape)) * config.tile_len * config.head_dim
+        seen = model.grid.tile(slot)  # by this rank's queries, of other ranks' tiles; its own are seen by the others
+        seeing = len(model.grid.readers(slot)) - 1
+        assert model.memory.held["buffers"] == tile * (seen + seeing) == tile * 7
+        total = scatter.wait()
+        return np.all(total == seeing + 1), total.shape == (1, *shape, config.tile_len, config.head_dim)
+
+    assert all(map(all, VirtualWorld(8, seed=1).run(main)))
+
+
+def test_gradients_in_flight_to_their_owners_are_those_of_a_few_blocks_at_a_time():
+    config = case_config("plain", "float32", tiles=8)
+
+    def main(comm):
+        model = Model(config, np, *folded(comm.rank, comm.size))
+        owned = owned_blocks(model.grid)
+        out = np.zeros((1, 100), dtype=np.float32)
+        home = ReduceToOwner(comm, model, out, owned, Tag.MLP_GRADIENTS)
+        for owner, block in rounds(owned, backwards_from(comm.rank, comm.size)):
             partial = Tree(range(config.tiles))
             leaf = model.empty("working", 100)
             leaf[...] = 1.0
             partial.add(comm.rank, leaf)
-            home.receive(turn(blocks, comm.rank, owner, block))
+            home.receive(owner, block)
             home.send(owner, block, partial)
             del partial, leaf
-        assert [float(total[0]) for total in home.finish()] == [8.0]
+            assert len(home.sends) <= AHEAD and len(home.arriving) <= AHEAD
+        home.receive_rest()
+        home.finish()
+        assert out.tolist() == [[8.0] * 100]
         return model.memory.peak["working"] // 400, model.memory.peak["buffers"] // 400
 
     for seed in range(10):

@@ -6,6 +6,7 @@ A mutation is laid over the code, and the test that guards against it is called 
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import test_equivalence
 import test_gradients
 import test_naive_and_single
 import test_recompute
-from cases import case_config, random_text, single_digest
+from cases import MODULES, case_config, random_text, single_digest
 
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.virtual import VirtualCommunicator, VirtualWorld
@@ -22,16 +23,18 @@ from tsp_ref.grid.tree import Tree
 from tsp_ref.model import tilewise
 from tsp_ref.model.activations import AttentionSaved
 from tsp_ref.ops import attention as attention_ops
+from tsp_ref.ops import loss as loss_ops
 from tsp_ref.ops import norm as norm_ops
 from tsp_ref.reference import single
-from tsp_ref.schedules import collectives, sp, tp, tp_sp, tsp
+from tsp_ref.schedules import all_reduce, gradients, keys_values, tp_sp, tsp
+from tsp_ref.schedules.gradients import AllReduceGradients, ReduceToOwner
+from tsp_ref.schedules.ring import Broadcast
 from tsp_ref.schedules.tags import Tag
 from tsp_ref.training import strategy
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 
-MODULES = {"tp": tp, "sp": sp, "tp+sp": tp_sp, "tsp": tsp}
 CONFIG = case_config("grouped-query", "float32", num_layers=1, hidden_size=32, num_heads=8, num_kv_heads=4, blocks=4,
                      tiles=4)
 
@@ -84,55 +87,62 @@ def of(test, *arguments):
     return called
 
 
+def in_the_reference_only(monkeypatch, **functions):
+    """The single process has these in place of what ranks share with it."""
+    monkeypatch.setattr(single, "tilewise", SimpleNamespace(**{**vars(tilewise), **functions}))
+
+
 def drop_residual(monkeypatch):
-    for module in (single, *MODULES.values()):
-        monkeypatch.setattr(module, "add_residual", lambda model, x, part: dict(part))
+    monkeypatch.setattr(tilewise, "add_residual", lambda model, x, y: tilewise.joined(model, y))
 
 
 def drop_residual_of_the_backward(monkeypatch):
     honest = single.mlp_backward
 
     def without(model, dy, *rest):
-        dx = honest(model, dy, *rest)
-        return {slot: dx[slot] - dy[slot] for slot in dx}
+        return honest(model, dy, *rest) - dy
 
     monkeypatch.setattr(single, "mlp_backward", without)
 
 
 def drop_mask(monkeypatch):
     honest = attention_ops.attention_scores
-    monkeypatch.setattr(attention_ops, "attention_scores", lambda xp, q, k, mask: honest(xp, q, k, 0 * (mask == 0)))
+    monkeypatch.setattr(attention_ops, "attention_scores",
+                        lambda xp, q, k, mask, out: honest(xp, q, k, 0 * (mask == 0), out))
 
 
 def drop_eps(monkeypatch):
     honest = norm_ops.inverse_rms
-    for module in (norm_ops, tilewise):
-        monkeypatch.setattr(module, "inverse_rms", lambda xp, x, eps: honest(xp, x, 0.0))
+    monkeypatch.setattr(norm_ops, "inverse_rms", lambda xp, x, eps: honest(xp, x, 0.0))
 
 
 def drop_scale(monkeypatch):
     honest = attention_ops.attention_scores
 
-    def unscaled(xp, q, k, mask):
-        return honest(xp, q * q.shape[-1] ** 0.5, k, mask)
+    def unscaled(xp, q, k, mask, out):
+        honest(xp, q * q.shape[-1] ** 0.5, k, mask, out)
 
     monkeypatch.setattr(attention_ops, "attention_scores", unscaled)
 
 
 def drop_loss_scale(monkeypatch):
-    honest = single.logits_backward
-    monkeypatch.setattr(single, "logits_backward", lambda xp, scale, *rest, **named: honest(xp, 1.0, *rest, **named))
+    honest = loss_ops.logits_backward
+    monkeypatch.setattr(loss_ops, "logits_backward", lambda xp, scale, *rest, **named: honest(xp, 1.0, *rest, **named))
 
 
 def drop_a_key_value_gradient(monkeypatch):
-    honest = attention_ops.attend_backward
+    honest = tilewise.attend_backward
 
-    def forgetful(*arguments):
-        dq, dkv = honest(*arguments)
-        dkv[0] = 0.0
-        return dq, dkv
+    def forgetful(model, *arguments):
+        dkeys_values = arguments[-1]
+        given = Tree(dkeys_values.leaves, attention_ops.add_keys)
+        dq = honest(model, *arguments[:-1], given)
+        for (level, index), piece in given.pieces():
+            piece[0] = 0.0
+            dkeys_values.add(index, piece, level)
+        return dq
 
-    monkeypatch.setattr(single, "attend_backward", forgetful)
+    in_the_reference_only(monkeypatch, attend_backward=forgetful)
 
 
 def let_one_rank_s_gains_drift(monkeypatch):
@@ -146,35 +156,26 @@ def let_one_rank_s_gains_drift(monkeypatch):
 
 def let_one_copy_of_a_gradient_drift(monkeypatch):
     """By one bit in one number, on one rank, of what all have summed."""
-    honest = collectives.all_gather_gradients
+    honest = AllReduceGradients.finish
 
-    def drifting(home, gradients, tied=False):
-        wait = honest(home, gradients, tied)
+    def drifting(self):
+        honest(self)
+        if self.comm.rank == self.comm.size - 1 and self.tag == Tag.MLP_GRADIENTS:
+            row = self.rows_of[0][0]
+            row[-1] = np.nextafter(row[-1], row.dtype.type(9))
 
-        def finish():
-            wait()
-            if home.comm.rank == home.comm.size - 1 and home.tag == Tag.MLP_GRADIENTS:
-                gradients[0, -1] = np.nextafter(gradients[0, -1], gradients.dtype.type(9))
-
-        return finish
-
-    for module in (sp, tp_sp):
-        monkeypatch.setattr(module, "all_gather_gradients", drifting)
+    monkeypatch.setattr(AllReduceGradients, "finish", drifting)
 
 
 def leave_one_copy_of_a_gradient_at_zero(monkeypatch):
-    honest = collectives.all_gather_gradients
+    honest = AllReduceGradients.finish
 
-    def forgetful(home, gradients, tied=False):
-        wait = honest(home, gradients, tied)
+    def forgetful(self):
+        honest(self)
+        for rows in self.rows_of:
+            rows *= self.comm.rank == 0 or self.tag != Tag.MLP_GRADIENTS
 
-        def finish():
-            wait()
-            gradients[...] *= home.comm.rank == 0 or home.tag != Tag.MLP_GRADIENTS
-
-        return finish
-
-    monkeypatch.setattr(sp, "all_gather_gradients", forgetful)
+    monkeypatch.setattr(AllReduceGradients, "finish", forgetful)
 
 
 def sum_in_order_of_arrival(monkeypatch):
@@ -182,13 +183,18 @@ def sum_in_order_of_arrival(monkeypatch):
         waiting = self._waiting.pop(self._root, None)
         self._waiting[self._root] = partial if waiting is None else self.merge(waiting, partial)
 
-    monkeypatch.setattr(collectives, "cover", lambda leaves, part: [Tree(leaves)._root] if part else [])
+    def reaching(model, slots, slot):
+        return [Tree(range(model.config.tiles))._root] if {*slots} & {*model.grid.readers(slot)} else []
+
+    for module in (all_reduce, gradients):
+        monkeypatch.setattr(module, "cover", lambda leaves, part: [Tree(leaves)._root] if part else [])
+    monkeypatch.setattr(keys_values, "reaching", reaching)
     monkeypatch.setattr(Tree, "add", add)
 
 
 def count_a_piece_that_arrives_twice(monkeypatch):
     """In the number itself, so that no tree can notice."""
-    honest = collectives.merge_one
+    honest = gradients.merge_one
 
     def twice(comm, arrivals):
         for arrival in arrivals[:1]:
@@ -196,30 +202,39 @@ def count_a_piece_that_arrives_twice(monkeypatch):
             arrival.request.array[...] *= 2
         honest(comm, arrivals)
 
-    monkeypatch.setattr(collectives, "merge_one", twice)
+    for module in (all_reduce, gradients):
+        monkeypatch.setattr(module, "merge_one", twice)
 
 
 def send_a_message_from_another_array(monkeypatch):
     honest = VirtualCommunicator.Isend
 
-    def stale(self, array, dest, tag):
-        return honest(self, array * 0 if tag == Tag.KEYS_VALUES_GRADIENTS else array, dest, tag)
+    def stale(self, array, dest, tag, block=None):
+        return honest(self, array * 0 if tag == Tag.KEYS_VALUES_GRADIENTS else array, dest, tag, block)
 
     monkeypatch.setattr(VirtualCommunicator, "Isend", stale)
 
 
 def recompute_with_the_weights_of_another_layer(monkeypatch):
     for module in MODULES.values():
-        def stale(ranks, model, x, weights, layer, honest=module.attention_forward):
-            return honest(ranks, model, x, weights, 0 if model.phase[1] == "backward" else layer)
+        def stale(ranks, model, x, weights, layer, *more, honest=module.attention_forward, **named):
+            return honest(ranks, model, x, weights, 0 if model.phase[1] == "backward" else layer, *more, **named)
 
         monkeypatch.setattr(module, "attention_forward", stale)
+    honest_messages = tsp.messages_of_layer
+
+    def of_another(comm, model, weights, saved, layer):
+        """TSP's messages bring the weights."""
+        messages = honest_messages(comm, model, weights, saved, layer)
+        return messages._replace(heads_again=Broadcast(comm, model, weights.attention[0], Tag.ATTENTION_WEIGHTS))
+
+    monkeypatch.setattr(tsp, "messages_of_layer", of_another)
 
 
 def recompute_all_but_the_softmax_s_denominators(monkeypatch):
     for module in MODULES.values():
-        def forgetful(ranks, model, x, weights, layer, honest=module.attention_forward):
-            x, saved = honest(ranks, model, x, weights, layer)
+        def forgetful(ranks, model, *rest, honest=module.attention_forward, **named):
+            x, saved = honest(ranks, model, *rest, **named)
             for logsumexp in saved.logsumexp.values():
                 logsumexp *= model.phase[1] != "backward"
             return x, saved
@@ -329,10 +344,10 @@ def test_a_message_that_is_sent_twice_is_named(schedule, tag, monkeypatch):
     honest = Communicator.Isend
     doubled = []
 
-    def twice(self, array, dest, given):
+    def twice(self, array, dest, given, block=None):
         if given == tag and not doubled:
-            doubled.append(honest(self, array.copy(), dest, given))
-        return honest(self, array, dest, given)
+            doubled.append(honest(self, array.copy(), dest, given, block))
+        return honest(self, array, dest, given, block)
 
     monkeypatch.setattr(Communicator, "Isend", twice)
     with pytest.raises(MessageError, match=tag.name):
@@ -342,7 +357,7 @@ def test_a_message_that_is_sent_twice_is_named(schedule, tag, monkeypatch):
 
 @pytest.mark.parametrize("schedule", MODULES)
 def test_a_piece_that_is_merged_twice_is_refused(schedule, monkeypatch):
-    honest = collectives.merge_one
+    honest = gradients.merge_one
 
     def twice(comm, arrivals):
         first = arrivals[0]
@@ -350,34 +365,65 @@ def test_a_piece_that_is_merged_twice_is_refused(schedule, monkeypatch):
         first.tree.add(first.node[1], first.request.array.copy(), first.node[0])
         honest(comm, arrivals)
 
-    monkeypatch.setattr(collectives, "merge_one", twice)
+    for module in (all_reduce, gradients):
+        monkeypatch.setattr(module, "merge_one", twice)
     with pytest.raises(ValueError, match=r"was added to the tree twice|holds only the nodes"):
         one_step(schedule)
+
+
+def other_axes(monkeypatch):
+    """Of every mesh that is made from here on, each axis's other one."""
+    honest, other = strategy.make_mesh, {}
+
+    def noted(*arguments):
+        mesh = honest(*arguments)
+        other[mesh.weights], other[mesh.tokens] = mesh.tokens, mesh.weights
+        return mesh
+
+    monkeypatch.setattr(strategy, "make_mesh", noted)
+    return other
 
 
 def give_the_other_axis_to(collective):
     """One collective of tp_sp works along the tokens' axis in place of the weights', or the other way round."""
 
     def mutate(monkeypatch):
-        honest_mesh, honest = strategy.make_mesh, getattr(tp_sp, collective)
-        other = {}
-
-        def noted(*arguments):
-            mesh = honest_mesh(*arguments)
-            other[mesh.weights], other[mesh.tokens] = mesh.tokens, mesh.weights
-            return mesh
-
-        def gather_along_the_other(home, *rest):
-            totals = home.finish()
-            home.finish, home.comm = lambda: totals, other[home.comm]
-            return honest(home, *rest)
-
-        monkeypatch.setattr(strategy, "make_mesh", noted)
-        monkeypatch.setattr(tp_sp, collective, gather_along_the_other if collective == "all_gather_gradients" else
-                            lambda axis, *rest: honest(other[axis], *rest))
+        honest, other = getattr(tp_sp, collective), other_axes(monkeypatch)
+        monkeypatch.setattr(
+            tp_sp, collective, lambda axis, *rest, **named: honest(other[axis], *rest, **named))
 
     mutate.__name__ = collective
     return mutate
+
+
+def reduce_along_one_axis_and_gather_along_the_other(monkeypatch):
+    """Of AllReduceGradients, the gather alone has the wrong axis."""
+    honest, other = AllReduceGradients.gather, other_axes(monkeypatch)
+
+    def elsewhere(self):
+        ReduceToOwner.finish(self)
+        self.comm = other[self.comm]
+        honest(self)
+
+    monkeypatch.setattr(AllReduceGradients, "gather", elsewhere)
+
+
+def gather_along_one_axis_and_reduce_along_the_other(monkeypatch):
+    """Of AllReduceGradients, the reduce alone has the wrong axis."""
+    other = other_axes(monkeypatch)
+
+    def elsewhere(axis, *rest, **named):
+        summed = AllReduceGradients(other[axis], *rest, **named)
+
+        def gather():
+            ReduceToOwner.finish(summed)
+            summed.comm = axis
+            AllReduceGradients.gather(summed)
+
+        summed.gather = gather
+        return summed
+
+    monkeypatch.setattr(tp_sp, "AllReduceGradients", elsewhere)
 
 
 def take_one_axis_for_the_other(monkeypatch):
@@ -387,9 +433,11 @@ def take_one_axis_for_the_other(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of what was never received
 @pytest.mark.parametrize("mesh", ["2x2", "2x4"])
-@pytest.mark.parametrize("mutate", [take_one_axis_for_the_other, *map(give_the_other_axis_to, (
-    "AllReduceTiles", "GatherKeysValues", "ScatterKeysValues", "ReduceToOwner", "all_gather_gradients", "all_reduce",
-    ))], ids=lambda part: part.__name__)
+@pytest.mark.parametrize("mutate", [
+    take_one_axis_for_the_other, reduce_along_one_axis_and_gather_along_the_other,
+    gather_along_one_axis_and_reduce_along_the_other, *map(give_the_other_axis_to, (
+        "AllReduceTiles", "GatherKeysValues", "ScatterKeysValues", "AllReduceGradients", "all_reduce"))],
+    ids=lambda part: part.__name__)
 def test_a_wrong_axis_turns_the_digest_red(mutate, mesh, monkeypatch):
     mutate(monkeypatch)
     # Other bits, another shape, a piece that comes twice, a rank that is not there, or a loss that is not a number.

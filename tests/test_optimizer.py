@@ -66,10 +66,11 @@ def textbook(
     yield from (weights, m, v)
 
 
+@pytest.mark.parametrize("constants", [{}, dict(beta1=0.8, beta2=0.99, adam_eps=1e-3)], ids=["default", "others"])
 @pytest.mark.parametrize("factor", [1.0, 0.37])
 @pytest.mark.parametrize("tied", [False, True])
-def test_five_steps_are_the_textbooks(tied: bool, factor: float) -> None:
-    model = Model(config_of(tied_head=tied), np)
+def test_five_steps_are_the_textbooks(tied: bool, factor: float, constants: dict[str, float]) -> None:
+    model = Model(config_of(tied_head=tied, **constants), np)
     start = flat(initial_parameters(model))
     decayed = np.ones_like(start)
     decayed[-initial_parameters(model).gains.size :] = 0.0

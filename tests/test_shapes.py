@@ -1,7 +1,9 @@
 """Shape comments are true: every assignment in the tile maths that has one is run, and compared with it.
 
-A comment reads `# [B*s, h] -> [B*s, f/G]`: a shape that some operand has, and the shape of the result; `# -> ...` and
-`# [B, s, h]` give the result alone; several results are separated by commas. Letters are those of tsp_ref's docstring.
+A comment reads `# [p, B*s, h] -> [p, B*s, f/G]`: a shape that some operand has, and the shape of the result; `# -> ...`
+and `# [B, s, h]` give the result alone; several results are separated by commas, and `, ...` after one says that all
+have it. `...` within a shape stands for any sizes. Letters are those of tsp_ref's docstring; one that varies from
+call to call stands for one number in all of a comment.
 """
 
 from __future__ import annotations
@@ -11,37 +13,51 @@ import re
 import sys
 import threading
 from collections import Counter
+from functools import cache
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from cases import cut, random_batch, schedule_calls
+from cases import cut, cut_in_strips, random_batch, schedule_calls
 
+import tsp_ref
 from tsp_ref import ops
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.model.config import make_config
 from tsp_ref.model.model import Model
-from tsp_ref.model.parameters import initial_parameters, zero_parameters
+from tsp_ref.model.parameters import attention_shapes, initial_parameters, mlp_shapes, zero_parameters
+from tsp_ref.ops import attention
 from tsp_ref.reference import naive, single
 from tsp_ref.training.strategy import Plan
 
 PACKAGE = Path(ops.__file__).parent.parent
 OPS = sorted((PACKAGE / "ops").glob("*.py"))
 OTHERS = [PACKAGE / name for name in (
-    "model/tilewise.py", "reference/single.py", "reference/naive.py", "schedules/tp.py",
-                                      "schedules/sp.py", "schedules/tp_sp.py", "schedules/tsp.py",
-                                      "schedules/collectives.py")]
+    "model/tilewise.py", "reference/single.py", "reference/naive.py",
+    *(f"schedules/{name}.py" for name in (
+        "tp", "sp", "tp_sp", "tsp", "ring", "keys_values", "gradients", "all_reduce")))]
 COMMENT = re.compile(r"#\s*((?:->\s*)?\[.*)$")
 SHAPE = re.compile(r"\[([^\]]*)\]")
 PURE = {"reshape", "transpose", "swapaxes"}
 
 CONFIG = make_config("tiny", hidden_size=96, num_layers=1, num_heads=12, num_kv_heads=4, ffn_size=44, vocab_size=260,
-                     seq_len=20, batch_size=3, blocks=2, tiles=4)
-LETTERS = dict(B=3, S=20, s=5, t=5, r=5, h=96, H=12, K=4, g=3, e=8, f=44, L=1, G=2, T=4, V=260)
+                     seq_len=40, batch_size=3, blocks=2, tiles=4)
+HALF = 5
+"""Of a tile: a strip of queries, and a chunk of the tile's own keys."""
+LETTERS = dict(B=3, S=40, s=10, t=HALF, h=96, H=12, K=4, g=3, e=8, f=44, L=1, G=2, T=4, V=260)
+PACKED = "size of a packed block"
+OF_SEVERAL_BLOCKS = {"attend_forward", "attend_strip", "write_rows", "attend_backward", "before_backward",
+                     "own_backward", "add_mask", "with_column"}
+"""What one who holds the whole sequence may do with several blocks at once."""
 
-# n, the keys that a tile sees, and c, those of a chunk, are whole tiles; m, the blocks at
-# hand, are at most all. A strip of t queries is a whole tile here, and all its queries see every chunk.
-VARYING = {"n": range(5, 21, 5), "c": range(5, 21, 5), "m": range(1, 3)}
+# n, the keys that a strip sees, are all up to its last; c, those of a chunk, the first half of a tile or the second, or
+# whole tiles; r, the queries that see a chunk, all of a tile or the second half. m, the blocks at hand, and p, the
+# tiles, are at most all.
+VARYING = {"n": range(HALF, 41, HALF), "c": range(HALF, 41, HALF), "r": (HALF, 10), "m": range(1, 3), "p": range(1, 5),
+           "packed": [sum(rows * columns for rows, columns in shapes(CONFIG))
+                      for shapes in (attention_shapes, mlp_shapes)]}
 
 
 class Line:
@@ -50,8 +66,10 @@ class Line:
     def __init__(self, statement: ast.stmt, comment: str) -> None:
         before, arrow, after = comment.rpartition("->")
         self.operand = SHAPE.findall(before)[:1] if arrow else []
-        self.results = SHAPE.findall(after)
         self.targets = _targets(statement)
+        self.results = SHAPE.findall(after)
+        if after.endswith("], ..."):
+            self.results *= len(self.targets)
         value = getattr(statement, "value", None)
         self.operands = [compile(ast.Expression(node), "operand", "eval") for node in ast.walk(value) if _is_pure(node)]
         self.first, self.last = statement.lineno, statement.end_lineno
@@ -83,20 +101,33 @@ def commented_lines(path: Path) -> dict[int, Line]:
     return lines
 
 
-def sizes(shape: str) -> list[int | str]:
-    """The sizes that a comment's shape stands for; those that vary from call to call stay letters."""
-    return [term if term in VARYING else eval(term.replace("/", "//"), {}, LETTERS) for term in _terms(shape)]
+Sizes = dict[str, int]
 
 
-def _terms(shape: str) -> list[str]:
-    return [term.strip() for term in shape.split(",")]
+@cache
+def _terms(shape: str) -> tuple[list[Any], set[str]]:
+    """The terms of a comment's shape, with None for `...`, and the letters in them that vary."""
+    terms = [term.strip().replace(PACKED, "packed").replace("/", "//") for term in shape.split(",")]
+    compiled = [None if term == "..." else compile(term, shape, "eval") for term in terms]
+    return compiled, {name for term in compiled if term for name in term.co_names if name in VARYING}
 
 
-def fits(shape: str, found: tuple[int, ...]) -> bool:
-    """Whether an array's shape is the comment's."""
-    wanted = sizes(shape)
-    return len(wanted) == len(found) and all(
-        size in VARYING[want] if want in VARYING else size == want for want, size in zip(wanted, found))
+def readings(shapes: list[str], several_blocks: bool) -> list[Sizes]:
+    """All that the varying letters of some shapes may stand for; B too, where it may be the sequences of m blocks."""
+    letters = sorted(set().union(*(_terms(shape)[1] for shape in shapes)))
+    found = [dict(zip(letters, values)) for values in product(*(VARYING[letter] for letter in letters))]
+    batches = [LETTERS["B"] * blocks for blocks in (VARYING["m"] if several_blocks else [1])]
+    return [{**reading, "B": batch} for reading in found for batch in batches]
+
+
+def fits(shape: str, found: tuple[int, ...], reading: Sizes) -> bool:
+    """Whether an array's shape is the comment's, read so."""
+    terms, sizes = list(_terms(shape)[0]), list(found)
+    if None in terms:
+        place, few = terms.index(None), len(terms) - 1
+        del terms[place], sizes[place : place + max(0, len(sizes) - few)]
+    return len(terms) == len(sizes) and all(
+        eval(term, {}, LETTERS | reading) == size for term, size in zip(terms, sizes))
 
 
 class Watch:
@@ -121,41 +152,44 @@ class Watch:
         lines = self.lines.get(frame.f_code.co_filename)
         if not lines:
             return None
-        waiting: list[Line] = []
+        waiting: list[tuple[Line, set[tuple[int, ...]]]] = []
 
         def step(frame, event, argument):
             # A statement over several lines has events for each: it has been run when an event comes from elsewhere.
-            if waiting and not (event == "line" and waiting[0].first <= frame.f_lineno <= waiting[0].last):
-                self._check(waiting.pop(), frame, argument)
+            if waiting and not (event == "line" and waiting[0][0].first <= frame.f_lineno <= waiting[0][0].last):
+                self._check(*waiting.pop(), frame, argument)
             if event == "line" and frame.f_lineno in lines and not waiting:
-                waiting.append(lines[frame.f_lineno])
-                self._check_operand(waiting[0], frame)
+                waiting.append((lines[frame.f_lineno], self._operands(lines[frame.f_lineno], frame)))
             return step
 
         return step
 
-    def _check_operand(self, line: Line, frame) -> None:
-        for shape in line.operand:
-            shapes = []
-            for operand in line.operands:
-                try:
-                    value = eval(operand, frame.f_globals, frame.f_locals)
-                except NameError:
-                    continue
-                if isinstance(value, np.ndarray):
-                    shapes.append(value.shape)
-            if not any(fits(shape, found) for found in shapes):
-                self._complain(frame, line, f"no operand is [{shape}]: {shapes}")
+    def _operands(self, line: Line, frame) -> set[tuple[int, ...]]:
+        """The shapes of all operands of a line that is about to be run."""
+        shapes = set()
+        for operand in line.operands if line.operand else ():
+            try:
+                value = eval(operand, frame.f_globals, frame.f_locals)
+            except NameError:
+                continue
+            if isinstance(value, np.ndarray):
+                shapes.add(value.shape)
+        return shapes
 
-    def _check(self, line: Line, frame, returned) -> None:
+    def _check(self, line: Line, operands: set[tuple[int, ...]], frame, returned) -> None:
         names = frame.f_globals, frame.f_locals
         values = [returned] if line.returns else [eval(target, *names) for target in line.targets]
         self.seen[f"{frame.f_code.co_filename}:{line.last}"] += 1
-        if len(values) != len(line.results):
-            self._complain(frame, line, f"{len(line.results)} shapes for {len(values)} results")
-        for value, shape in zip(values, line.results):
-            if not fits(shape, value.shape):
-                self._complain(frame, line, f"the result is {list(value.shape)}, not [{shape}]")
+        results = [np.shape(value) for value in values]
+        if len(results) != len(line.results):
+            self._complain(frame, line, f"{len(line.results)} shapes for {len(results)} results")
+        if not any(
+            all(any(fits(shape, found, reading) for found in operands) for shape in line.operand)
+            and all(fits(shape, found, reading) for shape, found in zip(line.results, results))
+            for reading in readings([*line.operand, *line.results], frame.f_code.co_name in OF_SEVERAL_BLOCKS)
+        ):
+            self._complain(frame, line, f"operands are {sorted(operands)}, results {results}, "
+                                        f"not {line.operand} -> {line.results}")
 
     def _complain(self, frame, line: Line, what: str) -> None:
         self.wrong.append(f"{Path(frame.f_code.co_filename).name}:{line.last} {frame.f_code.co_name}: {what}")
@@ -180,10 +214,13 @@ def a_training_step_of_the_references() -> None:
     naive.loss_and_gradients(CONFIG, naive.assemble(CONFIG, weights), tokens, targets)
 
 
-@pytest.mark.parametrize("paths, least", [(OPS, 40), (OTHERS, 60)], ids=["ops", "references and schedules"])
-def test_every_shape_comment_is_true(paths, least):
+@pytest.mark.parametrize("paths, least", [(OPS, 60), (OTHERS, 45)], ids=["ops", "references and schedules"])
+def test_every_shape_comment_is_true(paths, least, monkeypatch):
+    cut_in_strips(monkeypatch, HALF)
+    monkeypatch.setattr(attention, "DIAGONAL", HALF)
     watch = Watch(paths)
-    for plan, ranks in ((Plan("tp"), 2), (Plan("sp"), 2), (Plan("tp+sp", "2x2"), 4), (Plan("tsp"), 2)):
+    for plan, ranks in ((Plan("tp"), 2), (Plan("sp"), 2), (Plan("tp+sp", "2x2"), 4), (Plan("tsp"), 2),
+                        (Plan("tsp", stack=3), 1)):
         watch.run(lambda ranks=ranks, plan=plan: VirtualWorld(ranks).run(lambda comm: a_training_step(comm, plan)))
     watch.run(a_training_step_of_the_references)
     assert watch.wrong == []
@@ -197,6 +234,11 @@ def test_every_shape_comment_is_true(paths, least):
     "y = x @ w  # [B, s, h] -> [B*s, f]",
     "y, z = x, w  # -> [B*s, h]",
     "y = x[None]  # [B*s, h]",
+    "y = x @ w  # [p, h] -> [m, f]",
+    "y = x.reshape(2, 3, 5, 96)  # [..., h] -> [p, p, t, h]",
+    "y = x[:5].reshape(5, 2, -1)  # [..., h] -> [p, ...]",
+    "y = x[:4]  # [..., f]",
+    "y, z = x, w  # -> [B*r, h], ...",
 ])
 def test_a_false_shape_comment_is_seen(wrong, tmp_path):
     path = tmp_path / "wrong.py"
@@ -204,8 +246,14 @@ def test_a_false_shape_comment_is_seen(wrong, tmp_path):
     names: dict = {}
     exec(compile(path.read_text(), str(path), "exec"), names)
     watch = Watch([path])
-    watch.run(lambda: names["work"](np.zeros((15, 96)), np.zeros((96, 44))))
+    watch.run(lambda: names["work"](np.zeros((30, 96)), np.zeros((96, 44))))
     assert watch.wrong
+
+
+def test_every_letter_is_in_the_glossary_of_the_package():
+    glossary = (tsp_ref.__doc__ or "").partition("The words:")[0]
+    letters = set(re.findall(r"(?:^|  )(\w)  (?=\w)", glossary, re.MULTILINE))
+    assert letters >= {*LETTERS, *VARYING} - {"packed"}
 
 
 def changes_shape(node: ast.Assign) -> bool:

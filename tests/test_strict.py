@@ -125,6 +125,20 @@ def test_a_sent_array_that_is_changed_before_its_copy_is_seen_is_a_race(backend:
     x += 1.0
 
 
+def test_places_in_a_list_are_read_as_a_copy_and_written_in_place(backend: CupyBackend) -> None:
+    x = backend.from_host(HOST)
+    rows = x[[1, 0]]
+    assert rows.base is None and backend.to_host(rows).tolist() == HOST[[1, 0]].tolist()
+    x[:, [2, 0]] = x[:, [0, 2]]
+    assert backend.to_host(x).tolist() == HOST[:, ::-1].tolist()
+    assert backend.to_host(x.max(axis=-1, keepdims=True)).tolist() == HOST.max(axis=-1, keepdims=True).tolist()
+    _, mark = copied_out(backend, x)
+    with pytest.raises(Race, match="stream 0 writes what stream 1 reads"):
+        x[[0]] = 1.0
+    while not mark.done:
+        pass
+
+
 def test_a_copy_over_what_may_still_be_read_is_a_race(backend: CupyBackend) -> None:
     x = backend.from_host(HOST)
     early = backend.mark()

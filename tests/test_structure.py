@@ -1,7 +1,7 @@
 """How the source hangs together, read as source: who imports whom, and schedules that are twins of the reference."""
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,25 +30,36 @@ KNOWS_CUPY = "tsp_ref.backends.gpu"
 
 # Every schedule, and its name for the ranks that its functions are given first.
 SCHEDULES = {"tp": "comm: Communicator", "sp": "comm: Communicator", "tp_sp": "mesh: Mesh", "tsp": "comm: Communicator"}
+# What is in flight when a sub-layer's backward is over, where gradients travel.
+IN_FLIGHT = {"sp": "AllReduceGradients", "tp_sp": "AllReduceGradients", "tsp": "ReduceToOwner"}
+SUBLAYERS = ("embedding", "attention", "mlp", "head")
+# The schedule whose functions may take more: what crosses from one sub-layer to the next.
+TAKES_MORE = "tsp"
+# The only files of the schedules that post messages.
+POSTING = ("all_reduce", "gradients", "keys_values", "ring")
 
 Sources = dict[str, str]
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
+@cache
 def sources() -> Sources:
     """Every module of tsp_ref with its text; a package's own file as `....__init__`."""
     files = ROOT.rglob("*.py")
     return {".".join(("tsp_ref", *file.relative_to(ROOT).with_suffix("").parts)): file.read_text() for file in files}
 
 
-def imports(module: str, text: str) -> Iterator[str]:
+@cache
+def imports(module: str, text: str) -> list[str]:
     """The full dotted name of everything that a module imports, at its top or anywhere inside."""
+    found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = module.split(".")[: -node.level] if node.level else []
-            yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
+            found += [".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names]
+    return found
 
 
 def within(name: str, *rooms: str) -> bool:
@@ -114,7 +125,7 @@ def knowing_cupy(modules: Sources) -> list[str]:
     """Modules whose code, not its texts, has CuPy's name in it."""
     found = []
     for module, text in modules.items():
-        names: list[str] = list(imports(module, text))
+        names: list[str] = [*imports(module, text)]
         for node in ast.walk(ast.parse(text)):
             names += [str(getattr(node, field, "")) for field in ("id", "attr", "arg")]
             if isinstance(node, ast.Constant) and str(node.value).isidentifier():  # as import_module is given it
@@ -149,6 +160,40 @@ def public_functions(module: str) -> dict[str, Function]:
 
 def parameters(function: Function) -> list[str]:
     return [ast.unparse(argument) for argument in [*function.args.posonlyargs, *function.args.args]]
+
+
+def optional(function: Function) -> list[str]:
+    """The parameters with a default, which are the last."""
+    count = len(function.args.defaults)
+    return parameters(function)[-count:] if count else []
+
+
+def returned(function: Function) -> str:
+    return ast.unparse(function.returns or function)
+
+
+def twin_returns(schedule: str, reference: Function) -> str:
+    """What a schedule's twin of a function returns: the same, and with it, after a sub-layer's backward, what is in
+    flight."""
+    sublayer, _, direction = reference.name.rpartition("_")
+    if schedule not in IN_FLIGHT or direction != "backward" or sublayer not in SUBLAYERS:
+        return returned(reference)
+    in_flight = IN_FLIGHT[schedule]
+    return in_flight if returned(reference) == "None" else f"tuple[{returned(reference)}, {in_flight}]"
+
+
+def lines_of(function: Function) -> int:
+    """Its lines without its docstring."""
+    first = function.body[0]
+    docstring = first.end_lineno - first.lineno + 1 if ast.get_docstring(function) is not None else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+def posting(modules: Sources) -> list[str]:
+    """The modules whose code, not its texts, names a post."""
+    return sorted(module for module, text in modules.items() for node in [ast.parse(text)]
+                  if any(getattr(part, field, None) in ("Isend", "Irecv")
+                         for part in ast.walk(node) for field in ("attr", "id", "name", "value")))
 
 
 def decorators(function: Function) -> list[str]:
@@ -234,7 +279,7 @@ def test_a_way_by_another_module_is_found() -> None:
 
 def test_importing_the_package_loads_nothing_but_what_must_come_before_numpy() -> None:
     """Every module is imported after the package itself, so what this imports, all import."""
-    found = list(imports("tsp_ref.__init__", sources()["tsp_ref.__init__"]))
+    found = imports("tsp_ref.__init__", sources()["tsp_ref.__init__"])
     assert found == ["tsp_ref.process.allocator", "tsp_ref.process.threads"]
 
 
@@ -281,18 +326,49 @@ def test_every_schedule_is_held_to_the_reference() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_schedule_has_the_functions_of_the_reference_in_its_order_after_its_own_helpers(schedule: str) -> None:
+def test_a_schedule_has_the_functions_of_the_reference_in_its_order_after_its_place(schedule: str) -> None:
     reference, twins = list(public_functions("reference.single")), list(public_functions(f"schedules.{schedule}"))
     assert len(reference) >= 12
-    assert twins[-len(reference) :] == reference
+    assert twins == ["place", *reference]
 
 
 @pytest.mark.parametrize("name", public_functions("reference.single"))
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_function_of_a_schedule_takes_its_ranks_and_then_what_the_reference_takes(schedule: str, name: str) -> None:
+    """And TSP's sub-layers, by default nothing more."""
     reference, twin = public_functions("reference.single")[name], public_functions(f"schedules.{schedule}")[name]
-    assert parameters(twin) == [SCHEDULES[schedule], *parameters(reference)]
-    assert ast.unparse(twin.returns or twin) == ast.unparse(reference.returns or reference)
+    assert parameters(twin) == [SCHEDULES[schedule], *parameters(reference), *optional(twin)]
+    assert optional(reference) == []
+    assert not twin.args.kwonlyargs and not twin.args.vararg and not twin.args.kwarg
+    if optional(twin):
+        assert schedule == TAKES_MORE and name.rpartition("_")[0] in SUBLAYERS
+
+
+@pytest.mark.parametrize("name", public_functions("reference.single"))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_function_of_a_schedule_returns_what_the_reference_does_and_what_is_in_flight(
+    schedule: str, name: str
+) -> None:
+    reference, twin = public_functions("reference.single")[name], public_functions(f"schedules.{schedule}")[name]
+    assert returned(twin) == twin_returns(schedule, reference)
+
+
+def test_tsp_is_read_at_a_sitting_and_each_of_its_functions_at_a_glance() -> None:
+    text = sources()["tsp_ref.schedules.tsp"]
+    assert len(text.splitlines()) <= 350
+    functions = public_functions("schedules.tsp")
+    assert {name: lines_of(function) for name, function in functions.items() if lines_of(function) > 45} == {}
+
+
+def test_messages_are_posted_in_four_files_of_the_schedules() -> None:
+    schedules = {module: text for module, text in sources().items() if within(module, *rooms("schedules"))}
+    assert posting(schedules) == [f"tsp_ref.schedules.{name}" for name in POSTING]
+
+
+@pytest.mark.parametrize("text", ["comm.Isend(x, 1, 2)", "post = comm.Irecv", 'getattr(comm, "Isend")',
+                                  "from .posts import Irecv"])
+def test_a_file_that_posts_a_message_is_found(text: str) -> None:
+    assert posting({"bad": text, "good": '"""Isend and Irecv."""\n# Isend'}) == ["bad"]
 
 
 @pytest.mark.parametrize("name", public_functions("reference.single"))
@@ -303,10 +379,9 @@ def test_a_function_of_a_schedule_is_in_the_books_of_the_reference_s_phase(sched
 
 
 def test_every_part_of_the_reference_has_a_phase_of_its_own_name() -> None:
-    """Only the whole forward has none: it is the sum of its parts, and sends and computes nothing itself."""
     functions = public_functions("reference.single")
     phases = {name: decorators(function) for name, function in functions.items()}
-    assert phases.pop("model_forward") == []
+    assert "model_forward" in phases and "model_backward" in phases
     for name, found in phases.items():
         part, _, direction = name.rpartition("_")
         if direction in ("forward", "backward"):

@@ -65,11 +65,10 @@ def test_a_single_rank_computes_all_the_time():
     assert recorded.own.messages == [] and recorded.own.share("compute") == pytest.approx(1)
 
 
-@pytest.mark.parametrize("stack", [1, 3])
-def test_every_stack_of_tiles_is_there_with_its_block_and_its_first_slot(stack):
-    """One at a time, that is every tile."""
+@pytest.mark.parametrize("stack", [None, 1, 3])
+def test_every_tile_is_there_with_its_block_and_its_slot(stack):
     for each in record(2, Plan("tsp", stack=stack)):
-        whole = {(block, slot) for block in range(CONFIG.blocks) for slot in each.grid.slots[::stack]}
+        whole = {(block, slot) for block in range(CONFIG.blocks) for slot in each.grid.slots}
         for part in ("embedding", "attention", "mlp", "head"):
             for direction in ("forward", "backward"):
                 assert tiles(each.own, part, direction) == whole, (part, direction)

@@ -1,5 +1,6 @@
 """The one rule: a sum has the same bits whatever the order of arrival and whoever computed which leaf."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,73 @@ def test_a_sum_in_the_order_of_leaves_has_other_bits() -> None:
         in_order += array
     assert in_order.tobytes() != total(list(range(8)), arrays, range(8))
     assert in_order.dtype == np.float32
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_leaves_handed_in_by_the_stack_are_those_handed_in_one_by_one_in_every_bit(seed: int) -> None:
+    """Runs of any length from any leaf on, in any order, and some with gaps; and what waits is the same too."""
+    random = np.random.default_rng(seed)
+    count = int(random.integers(1, 40))
+    arrays, leaves = draw(count, seed), list(range(count))
+    cuts = sorted({0, count, *random.integers(0, count, size=int(random.integers(0, 6))).tolist()})
+    runs = [leaves[first:end] for first, end in pairwise(cuts)]
+    if seed % 2 and len(runs) > 2:  # two runs with others between them, as one
+        runs.append(runs.pop(0) + runs.pop(1))
+    stacked, single = Tree[np.ndarray](leaves), Tree[np.ndarray](leaves)
+    for number in random.permutation(len(runs)):
+        run = sorted(runs[number])
+        stacked.add_stack(run, np.stack([arrays[leaf] for leaf in run]))
+        for leaf in run:
+            single.add(leaf, arrays[leaf].copy())
+        found, wanted = stacked.pieces(), single.pieces()
+        assert [node for node, _ in found] == [node for node, _ in wanted]
+        assert [piece.tobytes() for _, piece in found] == [piece.tobytes() for _, piece in wanted]
+    assert stacked.total.tobytes() == tournament(leaves, arrays).tobytes()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_stacks_of_some_leaves_of_a_tree_are_summed_as_one_by_one(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    arrays = draw(24, seed)
+    leaves = sorted(random.choice(24, size=int(random.integers(2, 24)), replace=False).tolist())
+    cut = int(random.integers(1, len(leaves)))
+    tree = Tree[np.ndarray](leaves)
+    for part in (leaves[cut:], leaves[:cut]):
+        tree.add_stack(part, np.stack([arrays[leaf] for leaf in part]))
+    assert tree.total.tobytes() == tournament(leaves, arrays).tobytes()
+
+
+def test_what_waits_of_a_stack_keeps_no_more_than_itself_alive() -> None:
+    """Of seven leaves from the first on, three sums wait, and of 1 to 3 the last two are one."""
+    for first, count in ((0, 7), (1, 3), (3, 9)):
+        tree, stack = Tree[np.ndarray](range(16)), np.ones((count, 8), dtype=np.float32)
+        tree.add_stack(range(first, first + count), stack)
+        for _, piece in tree.pieces():
+            owner = piece if piece.base is None else piece.base
+            assert owner.nbytes == piece.nbytes
+
+
+@pytest.mark.parametrize("leaves", [[3], [2, 3], [1, 3]])
+def test_a_stack_with_a_leaf_that_was_handed_in_is_refused(leaves: list[int]) -> None:
+    tree = Tree[np.ndarray](range(8))
+    tree.add(3, np.ones(2))
+    with pytest.raises(ValueError, match=r"was added to the tree twice|holds only the nodes"):
+        tree.add_stack(leaves, np.ones((len(leaves), 2)))
+        _ = tree.total
+
+
+def test_a_tree_of_some_leaves_takes_the_nodes_of_the_whole_one() -> None:
+    """The sum of a node of which only some leaves are there, as of queries of which only some see a key."""
+    for leaves in ([0], [1], [1, 2]):
+        tree = Tree[str](leaves, merge=lambda left, right: f"({left}+{right})", of=8)
+        tree.add(0, "0..3", level=2)
+        assert tree.total == "0..3"
+    with pytest.raises(ValueError, match="is not in the tree"):
+        tree.add(1, "4..7", level=2)
+    tree = Tree[str]([1, 6], merge=lambda left, right: f"({left}+{right})", of=8)
+    for index in (1, 0):
+        tree.add(index, ("0..3", "4..7")[index], level=2)
+    assert tree.total == "(0..3+4..7)"
 
 
 @pytest.mark.parametrize("count", COUNTS)

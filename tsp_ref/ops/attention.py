@@ -153,11 +153,11 @@ def attend_strip(
 
 
 def write_rows(x: Array, tiles: list[int], queries: slice, length: int, rows: Array) -> None:
-    """Put rows [p, B, K/G, g·t, e] in the place of some tiles' queries in x [p, B, K/G, g·s, e]."""
+    """Put rows [p, B, K/G, g·t, ...] in the place of some tiles' queries in x [p, B, K/G, g·s, ...]."""
     if queries.stop - queries.start == length:
         x[tiles] = rows
         return
-    of_head = x.reshape(*x.shape[:3], -1, length, x.shape[-1])  # [p, B, K/G, g*s, e] -> [p, B, K/G, g, s, e]
+    of_head = x.reshape(*x.shape[:3], -1, length, x.shape[-1])  # [p, B, K/G, g*s, ...] -> [p, B, K/G, g, s, ...]
     of_head[tiles, ..., queries, :] = rows.reshape(len(tiles), *of_head.shape[1:4], -1, x.shape[-1])
 
 
@@ -185,16 +185,16 @@ def padded_together(q: Array, seen: Sequence[int]) -> list[list[int]]:
 
 
 def add_mask(scores: Array, mask: Array, length: int) -> None:
-    """Add the mask [w, w] in place to scores [..., g·t, n] of `length` queries t of each head: to the first w against
+    """Add the mask [w, w] in place to scores [..., g·r, c] of `length` queries r of each head: to the first w against
     the last w keys."""
     width = mask.shape[0]
-    by_head = scores.reshape(*scores.shape[:-2], -1, length, scores.shape[-1])  # [..., g*t, n] -> [..., g, t, n]
+    by_head = scores.reshape(*scores.shape[:-2], -1, length, scores.shape[-1])  # [..., g*r, c] -> [..., g, r, c]
     by_head[..., :width, -width:] += mask
 
 
 def with_column(xp: Namespace, x: Array, column: Array | float) -> Array:
     """x [..., n, e] with one more column."""
-    wider = xp.empty((*x.shape[:-1], x.shape[-1] + 1), dtype=x.dtype)
+    wider = xp.empty((*x.shape[:-1], x.shape[-1] + 1), dtype=x.dtype)  # [..., e+1]
     wider[..., :-1] = x
     wider[..., -1:] = column
     return wider

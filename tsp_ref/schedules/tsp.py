@@ -147,7 +147,7 @@ def attention_backward(
     for step in range(len(heads.order) + AHEAD):
         if step < len(heads.order):
             owner, block = heads.order[step]
-            packed, whole = heads.wait(step), gather.wait()  # -> [2, B, K/G, S, e]
+            packed, whole = heads.wait(step), gather.wait()  # -> [size of a packed block], [2, B, K/G, S, e]
             heads.post(step + 1 + AHEAD)
             gather.post(step + 1 + AHEAD)
             this, given = range(block, block + 1), tilewise.keys_values_tree(model)
