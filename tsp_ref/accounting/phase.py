@@ -1,4 +1,4 @@
-"""Where in a step a rank is: the phase by which messages, memory and work are kept in the books."""
+"""Where in a step a rank is: the phase that messages, memory and work are accounted under."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-class Books(Protocol):
-    """What keeps books by phase: a model, and the communicator or mesh beside it."""
+class Account(Protocol):
+    """What counts by phase: a model, and the communicator or mesh beside it."""
 
     phase: Phase
 
@@ -35,16 +35,16 @@ def phase(part: str, direction: str) -> Callable[[Callable[Arguments, Result]], 
 
         @wraps(function)
         def within(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
-            books = cast("tuple[Books, ...]", arguments[:keepers])
-            before = [book.phase for book in books]
+            accounts = cast("tuple[Account, ...]", arguments[:keepers])
+            before = [account.phase for account in accounts]
             here = (part, "backward" if before[-1][1] == "backward" else direction)
-            for book in books:
-                book.phase = here
+            for account in accounts:
+                account.phase = here
             try:
                 return function(*arguments, **named)
             finally:
-                for book, was in zip(books, before):
-                    book.phase = was
+                for account, was in zip(accounts, before):
+                    account.phase = was
 
         return within
 
