@@ -8,7 +8,7 @@ from functools import wraps
 from typing import ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 Phase: TypeAlias = tuple[str, str]
-"""(part, direction): embedding, attention, mlp, head, loss, gains, optimizer or model; forward or backward."""
+"""(sub-layer, direction): embedding, attention, mlp, head, loss, gains, optimizer or model; forward or backward."""
 
 OUTSIDE: Phase = ("", "")
 """Before, between and after steps."""
@@ -23,7 +23,7 @@ class Account(Protocol):
     phase: Phase
 
 
-def phase(part: str, direction: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+def phase(sublayer: str, direction: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Everything that the decorated function sends, holds and computes belongs to this phase.
 
     The function's first arguments, given by place, are the model, or a communicator and the model. A forward that is
@@ -37,7 +37,7 @@ def phase(part: str, direction: str) -> Callable[[Callable[Arguments, Result]], 
         def within(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
             accounts = cast("tuple[Account, ...]", arguments[:keepers])
             before = [account.phase for account in accounts]
-            here = (part, "backward" if before[-1][1] == "backward" else direction)
+            here = (sublayer, "backward" if before[-1][1] == "backward" else direction)
             for account in accounts:
                 account.phase = here
             try:

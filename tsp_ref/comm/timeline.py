@@ -22,7 +22,7 @@ class Span(NamedTuple):
     begin: float  # seconds
     end: float
     what: str  # "compute" or "wait"
-    part: str
+    sublayer: str
     direction: str
     block: int = NONE  # that a stack of tiles was computed with; NONE between stacks
     slot: int = NONE  # the first of the stack
@@ -39,7 +39,7 @@ class Message(NamedTuple):
     peer: int
     tag: str
     size: int  # bytes
-    part: str
+    sublayer: str
     direction: str
 
 
@@ -129,10 +129,10 @@ class Timeline:
         span = Span(self.marks[0][1], 0.0, "compute", *phase)
         for what, at, *more in self.marks:
             if what == "post":
-                key, (part, direction), verb, peer, tag, size = more
+                key, (sublayer, direction), verb, peer, tag, size = more
                 latest[key] = in_flight[key] = len(messages)
-                messages.append(Message(at, self.marks[-1][1], verb, peer, getattr(tag, "name", str(tag)), size, part,
-                                        direction))
+                name = getattr(tag, "name", str(tag))
+                messages.append(Message(at, self.marks[-1][1], verb, peer, name, size, sublayer, direction))
                 continue
             if what == "complete":
                 if more[0] in in_flight:  # noticed for the first time
@@ -144,8 +144,8 @@ class Timeline:
             if at > span.begin:
                 spans.append(span._replace(end=at))
             phase, block, slot, tiles = more if what == "compute" else (phase, NONE, NONE, 1)
-            part, direction = phase
-            span = Span(at, at, "wait" if what == "wait" else "compute", part, direction, block, slot, tiles=tiles)
+            sublayer, direction = phase
+            span = Span(at, at, "wait" if what == "wait" else "compute", sublayer, direction, block, slot, tiles=tiles)
         return Lane(rank, spans, messages)
 
 

@@ -32,7 +32,7 @@ LOOKS = {
 
 def look_of(span: Span) -> Look:
     """How what a span computed is shown."""
-    return LOOKS.get(span.part, OTHER)
+    return LOOKS.get(span.sublayer, OTHER)
 
 
 def letter_of(span: Span) -> str:
