@@ -57,7 +57,8 @@ EPS, THETA = 1e-5, 10000.0
 STEP = 1e-5
 TOLERANCE = 1e-7
 DIRECTIONS = 3
-# An operation on its own: a stack of one tile of s tokens, and n = 2s keys that it sees; the rest is one block of weights.
+# An operation on its own: a stack of one tile of s tokens, and n = 2s keys that it sees; the rest is one block of
+# weights.
 B, s, h, e, n = 2, 5, 12, 6, 10
 QUERY_HEADS, KV_HEADS, WIDTH, ROWS = 4, 2, 7, 9
 # The whole model: several blocks, tiles and layers, so that every kind of sum takes part.
@@ -376,8 +377,8 @@ def show_model(lesson: Lesson, problem: Problem) -> None:
     gradients = [loss_and_gradient(problem, problem.weights, residual)[1] for residual in (True, False)]
     rates = shared_out(lesson, len(names), 3, lambda task: judge_matrix(problem, task, gradients))
     lesson.say(f"L = {CONFIG.num_layers} layers, {CONFIG.num_parameters:,} parameters, {DIRECTIONS} random directions "
-               "in each matrix. The wrong gradient is a copy of the right one in which each sub-layer's backward returns "
-               "only what comes through it, without dy, which passes beside it:")
+               "in each matrix. The wrong gradient is a copy of the right one in which each sub-layer's backward "
+               "returns only what comes through it, without dy, which passes beside it:")
     lesson.say(rates_table(names, rates))
     twins = zip(every_array(gradients[0]), every_array(by_single(problem)))
     lesson.check("the right gradient is, bit for bit, that of single.model_backward",
