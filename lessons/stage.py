@@ -25,7 +25,7 @@ from rich.rule import Rule
 from rich.table import Table
 
 from tsp_ref.accounting.phase import OUTSIDE
-from tsp_ref.arrays import Array, Tiles
+from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather, from_root, gather_texts
 from tsp_ref.comm.link import Link
@@ -218,7 +218,7 @@ def dealt(model: Model, whole: Parameters) -> Parameters:
     return weights
 
 
-def random_tiles(model: Model, purpose: int) -> Tiles:
+def random_tiles(model: Model, purpose: int) -> dict[int, Array]:
     """Random tiles [B, s, h], drawn by slot, so that all ranks agree and none draws a tile that it does not hold."""
     config = model.config
     shape = (config.batch_size, config.tile_len, config.hidden_size)
@@ -254,7 +254,7 @@ def all_reduce_sends(count: int, pieces: int, rank: int, size: int) -> int:
 
 def kept_bytes(attention: AttentionSaved, mlp: MlpSaved) -> tuple[int, int]:
     """What a layer's forward keeps: the inputs of its two parts, and what is computed by blocks of weights."""
-    inputs = [*attention.x.values(), *mlp.x.values()]
+    inputs = [x for x in (attention.x, mlp.x) if x is not None]  # the second may be left to be recomputed
     by_blocks = [array for kept in (attention.q, attention.keys_values, attention.heads, attention.logsumexp,
                                     mlp.projected) for array in kept.values()]
     return sum(array.nbytes for array in inputs), sum(array.nbytes for array in by_blocks)
@@ -307,8 +307,8 @@ class InOrderOfArrival(Tree[Partial]):
     What has come, what is still missing and what is sent to whom stay the tree's; only the order of additions is free.
     """
 
-    def __init__(self, leaves: Iterable[int], merge: Callable[[Any, Any], Any] = add) -> None:
-        super().__init__(leaves, _nothing)
+    def __init__(self, leaves: Iterable[int], merge: Callable[[Any, Any], Any] = add, of: int = 0) -> None:
+        super().__init__(leaves, _nothing, of)
         self.sum_of = merge
         self.running: Any = None
 
@@ -316,6 +316,11 @@ class InOrderOfArrival(Tree[Partial]):
         """Note that a node has come, and add its partial to the sum at once."""
         super().add(index, None, level)  # type: ignore[arg-type]
         self.running = partial if self.running is None else self.sum_of(self.running, partial)
+
+    def add_stack(self, leaves: Sequence[int], stack: Any) -> None:
+        """Add several leaves one by one."""
+        for leaf, partial in zip(leaves, stack):
+            self.add(leaf, partial)
 
     @property
     def total(self) -> Any:
