@@ -274,15 +274,11 @@ class Point:
 
 def layer_forward(comm: Communicator, schedule: str, config: Config) -> tuple[int, bool]:
     """The forward of one layer with random weights on random tokens: bytes sent, and whether a formula has them all."""
-    before, place = sent_since(comm, {}), {"tp": tp.place, "tsp": tsp.place}[schedule]
-    model = Model(config, np, *place(comm))
+    module, before = {"tp": tp, "tsp": tsp}[schedule], sent_since(comm, {})
+    model = Model(config, np, *module.place(comm))
     weights = initial_parameters(model)
-    if schedule == "tp":
-        x, _ = tp.attention_forward(comm, model, random_tiles(model, 1), weights, 0)
-        tp.mlp_forward(comm, model, x, weights, 0)
-    else:
-        x, _ = tsp.attention_forward(comm, model, random_tiles(model, 1), weights, 0)
-        tsp.mlp_forward(comm, model, x, weights, 0)
+    x, _ = module.attention_forward(comm, model, random_tiles(model, 1), weights, 0)
+    module.mlp_forward(comm, model, x, weights, 0)
     sent, wanted = sent_since(comm, before), exact(schedule, config, model.grid)
     return layer_bytes(sent, "forward"), sent == {
         key: count for key, count in wanted.items() if key[0] in LAYER and key[1] == "forward"}
