@@ -422,7 +422,7 @@ def show_layer(lesson: Lesson, layer: Layer, grid: Grid, truth: Judge) -> None:
                "the backward the gradient of a sub-layer's input is again a sum over blocks, so there is an\n"
                "all-reduce for each; gradients of weights are whole where the weights are. Bytes sent:")
     ledger = lesson.comm.ledger
-    mine = [ledger.sums("send", part=part, direction=way)[1] for part, way in PHASES]
+    mine = [ledger.sums("send", sublayer=part, direction=way)[1] for part, way in PHASES]
     lesson.say(bytes_table(all_gather(lesson.comm, np.array(mine, dtype=np.int64))))
     once = all_reduce_sends(CONFIG.tiles, subtrees(grid.blocks), lesson.rank, lesson.size, True) * TILE_BYTES
     lesson.check("each of the four is one all-reduce, of as many bytes as the one above: 2 forward, 2 backward",
