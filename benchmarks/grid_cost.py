@@ -121,7 +121,7 @@ def tiled(config: Config, whole: naive.Weights, tokens: Any, targets: Any) -> Ca
     """A forward and backward of the model on a grid."""
     model = Model(config, np)
     weights, gradients = cut(config, whole, model), zero_parameters(model, "gradients")
-    tiles = [{slot: np.ascontiguousarray(part[:, model.grid.tokens(slot)]) for slot in model.grid.slots}
+    tiles = [np.stack([part[:, model.grid.tokens(slot)] for slot in model.grid.slots])  # [B, S] -> [p, B, s]
              for part in (tokens, targets)]
 
     def step() -> Result:

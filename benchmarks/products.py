@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import FunctionType
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, TypeAlias
 from unittest import mock
 
@@ -166,23 +165,33 @@ class Clock:
 
 @contextlib.contextmanager
 def around(run: Callable[[str, Callable[..., Any], Any, Any], Any]) -> Iterator[None]:
-    """Within it, what a step of the single process calls is called by run(name, function, arguments, named): every
-    function of `tsp_ref.ops`, wherever it was imported, those of `tilewise`, additions in trees, and AdamW."""
+    """Within it, what a step of the single process calls is called by run(name, function, arguments, named): the
+    functions of `tsp_ref.ops` that `tilewise` calls, its own, additions in trees, and AdamW."""
     with contextlib.ExitStack() as patches:
+        for name, operations in _operations():
+            wrapped = {each: _wrapped(run, each, function) for each, function in _of_module(operations)}
+            patches.enter_context(mock.patch.object(tilewise, name, SimpleNamespace(**wrapped)))
         for module, name, function in _functions():
-            patches.enter_context(mock.patch.object(module, name, _wrapped(run, name, function)))
-        for owner, method, name in ((Tree, "add", "sums in trees"), (AdamW, "update", "AdamW")):
+            patches.enter_context(mock.patch.object(module, name, _wrapped(run, f"tilewise.{name}", function)))
+        for owner, method, name in ((Tree, "add", "sums in trees"), (Tree, "add_stack", "sums in trees"),
+                                    (AdamW, "update", "AdamW")):
             patches.enter_context(mock.patch.object(owner, method, _wrapped(run, name, getattr(owner, method))))
         yield
 
 
-def _functions() -> list[tuple[Any, str, FunctionType]]:
-    # Not within ops, where a function that calls another one there has its time.
-    modules = [module for name, module in sys.modules.items()
-               if name.startswith("tsp_ref.") and not name.startswith("tsp_ref.ops")]
-    return [(module, name, value) for module in modules for name, value in list(vars(module).items())
-            if isinstance(value, FunctionType) and (value.__module__.startswith("tsp_ref.ops.")
-            or (value.__module__ == tilewise.__name__ and module in (single, tilewise)))]
+def _operations() -> list[tuple[str, ModuleType]]:
+    # As `tilewise` sees them: within ops, a function that calls another one there has its time.
+    return [(name, value) for name, value in vars(tilewise).items()
+            if isinstance(value, ModuleType) and value.__name__.startswith("tsp_ref.ops.")]
+
+
+def _of_module(module: ModuleType) -> list[tuple[str, FunctionType]]:
+    return [(name, value) for name, value in vars(module).items() if isinstance(value, FunctionType)]
+
+
+def _functions() -> list[tuple[ModuleType, str, FunctionType]]:
+    return [(module, name, value) for module in (single, tilewise) for name, value in _of_module(module)
+            if value.__module__ == tilewise.__name__]
 
 
 def _wrapped(run: Callable[..., Any], name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Ranks and messages: one program on N ranks, and what it may assume about a message under way.
+"""Ranks and messages: one program on N ranks, and what it may assume about a message in flight.
 
 Objective: after this lesson you can say what a rank is, pass arrays round a ring with Isend and Irecv, show the
 deadlock that MPI's buffering hides and cure it in two ways, and say why a buffer is its message's until Wait returns.
@@ -38,7 +38,7 @@ SEED = 2604
 LENGTH = 1000
 PROBE_BYTES = (64, 4096, 65536, 1048576)
 REHEARSAL_RANKS = 3
-REHEARSAL_SEEDS = (None, 0, 1, 2, 3)  # each an order of turns and deliveries; None is the order of posting
+REHEARSAL_SEEDS = (None, 0, 1, 2, 3)  # each an order of ranks and deliveries; None is the order of posting
 
 
 class Tag(IntEnum):
@@ -80,7 +80,7 @@ def ring_pass(comm: Communicator) -> list[bool]:
     held, spare = array_of(comm.rank), np.empty(LENGTH, dtype=np.float32)
     as_expected = []
     for hop in range(1, comm.size + 1):
-        # Two buffers: what leaves must stay untouched while what comes is written.
+        # Two buffers: what is sent must stay untouched while what is received is written.
         comm.Waitall([comm.Irecv(spare, left, Tag.RING), comm.Isend(held, right, Tag.RING)])
         held, spare = spare, held
         as_expected.append(same_bits(held, array_of((comm.rank - hop) % comm.size)))

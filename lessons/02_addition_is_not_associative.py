@@ -86,7 +86,7 @@ def show_three_numbers(lesson: Lesson) -> None:
                "single addition is to blame: each gives the float32 nearest to the exact sum of its two numbers. But "
                "which numbers are added, and so what is rounded away, depends on the order.")
     lesson.check("(a + b) + c and a + (b + c) differ for some triples", bool(np.any(left != right)))
-    lesson.check("a + b and b + a never do: swapping the sides is harmless, grouping anew is not",
+    lesson.check("a + b and b + a never do: swapping the sides is harmless, grouping otherwise is not",
                  (a + b).tobytes() == (b + a).tobytes())
     lesson.check("each addition is right to half a unit in the last place (against exact rational sums)",
                  all(rounded_once(x, y) for x, y in zip(a[:200], b[:200])))
@@ -257,7 +257,7 @@ def sum_over_ranks(comm: Communicator, mine: dict[int, Array], generator: np.ran
         tree.add(part, array)
 
     for part, array in mine.items():
-        add(part, array.copy())  # the tree adds in place, and the array itself is still under way
+        add(part, array.copy())  # the tree adds in place, and the array itself is still in flight
     while coming:
         part, array, _ = coming.pop(comm.Waitany([request for _, _, request in coming]))
         add(part, array)

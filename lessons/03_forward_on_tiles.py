@@ -30,7 +30,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from stage import Lesson, one_by_one, patterns, random_weights, run
 
-from tsp_ref.arrays import Array, Tiles
+from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.grid.grid import Grid, folded, share
@@ -62,7 +62,7 @@ class Tag(IntEnum):
 
 @dataclass
 class Setting:
-    """What every part of the lesson needs.
+    """What every section of the lesson needs.
 
     model    all slots and blocks, as one process has them
     grid     what this rank owns
@@ -82,7 +82,7 @@ def set_up(lesson: Lesson) -> Setting:
     return Setting(lesson, model, grid, random_weights(model, np.random.default_rng(SEED)))
 
 
-def cut(grid: Grid, whole: Array, slots: Iterable[int]) -> Tiles:
+def cut(grid: Grid, whole: Array, slots: Iterable[int]) -> dict[int, Array]:
     """The tiles of some slots of a whole array [B, S, ...]."""
     return {slot: whole[:, grid.tokens(slot)].copy() for slot in slots}
 
@@ -149,6 +149,36 @@ def work_table(contiguous: list[list[int]], zigzag: list[list[int]]) -> Table:
     return table
 
 
+# A tile of its own: the project's operations take stacks of tiles [p, ...], and here a stack is one tile.
+
+
+def normalised(x: Array, gain: Array) -> Array:
+    """RMSNorm: [B, s, h] -> [B, s, h]."""
+    return rmsnorm_forward(np, x[None], gain, CONFIG.norm_eps)[0]
+
+
+def queries_keys_values(x: Array, wqkv: Array, rotary: Array) -> tuple[Array, Array, Array]:
+    """A block's queries [B, K/G, g*s, e], keys and values [B, K/G, s, e] of a tile [B, s, h]."""
+    batch, heads, length, head_dim = CONFIG.batch_size, CONFIG.kv_heads_per_block, CONFIG.tile_len, CONFIG.head_dim
+    q = np.empty((1, batch, heads, CONFIG.group_size * length, head_dim), dtype=np.float64)
+    keys_values = np.empty((1, 2, batch, heads, length, head_dim), dtype=np.float64)
+    qkv_forward(np, x[None], wqkv, rotary[None], out=(q, keys_values))
+    return q[0], keys_values[0, 0], keys_values[0, 1]
+
+
+def attend(q: Array, keys_values: Array, visible: int, mask: Array) -> Array:
+    """The attention of a tile's queries [B, K/G, g*s, e] to the first keys and values of [2, B, K/G, S, e]."""
+    heads, logsumexp = np.empty_like(q[None]), np.empty_like(q[None, ..., :1])
+    attend_forward(np, q[None], keys_values, [visible], mask, out=(heads, logsumexp))
+    return heads[0]
+
+
+def fed_forward(x: Array, gate_up: Array, down: Array) -> Array:
+    """A block's term of the MLP: [B, s, h] -> [B, s, h]."""
+    projected = np.empty((1, CONFIG.batch_size * CONFIG.tile_len, gate_up.shape[1]), dtype=np.float64)
+    return swiglu_forward(np, x[None], gate_up, down, out=projected)[0]
+
+
 # One layer on tiles.
 
 
@@ -156,15 +186,15 @@ def work_table(contiguous: list[list[int]], zigzag: list[list[int]]) -> Table:
 class Kept:
     """The results of one layer on tiles: by (block, slot), or by slot where the blocks are summed up."""
 
-    norm: Tiles = field(default_factory=dict)
+    norm: dict[int, Array] = field(default_factory=dict)
     queries: dict[tuple[int, int], Array] = field(default_factory=dict)
     keys: dict[tuple[int, int], Array] = field(default_factory=dict)
     values: dict[tuple[int, int], Array] = field(default_factory=dict)
     heads: dict[tuple[int, int], Array] = field(default_factory=dict)
     of_block: dict[tuple[int, int], Array] = field(default_factory=dict)
-    attention: Tiles = field(default_factory=dict)
-    mlp_norm: Tiles = field(default_factory=dict)
-    mlp: Tiles = field(default_factory=dict)
+    attention: dict[int, Array] = field(default_factory=dict)
+    mlp_norm: dict[int, Array] = field(default_factory=dict)
+    mlp: dict[int, Array] = field(default_factory=dict)
 
 
 def blocks_in_turn(grid: Grid) -> Iterator[int]:
@@ -174,45 +204,44 @@ def blocks_in_turn(grid: Grid) -> Iterator[int]:
         yield from grid.blocks_of((here.rank - step) % here.size)
 
 
-def project(model: Model, normed: Tiles, wqkv: Array, block: int, kept: Kept) -> tuple[Array, Array]:
-    """Queries of every tile; keys and values [B, K/G, S, e] of the whole sequence, in the order of the text."""
-    shape = (CONFIG.batch_size, CONFIG.kv_heads_per_block, CONFIG.seq_len, CONFIG.head_dim)
-    keys, values = np.empty((2, *shape), dtype=np.float64)  # [B, K/G, S, e], [B, K/G, S, e]
+def project(model: Model, normed: dict[int, Array], wqkv: Array, block: int, kept: Kept) -> Array:
+    """Queries of every tile; keys and values [2, B, K/G, S, e] of the whole sequence, in the order of the text."""
+    whole = np.empty((2, CONFIG.batch_size, CONFIG.kv_heads_per_block, CONFIG.seq_len, CONFIG.head_dim), np.float64)
     for slot, tile in normed.items():
-        q, k, v = qkv_forward(np, tile, wqkv, model.rotary[slot], CONFIG.group_size)
+        q, k, v = queries_keys_values(tile, wqkv, model.rotary[slot])
         kept.queries[block, slot], kept.keys[block, slot], kept.values[block, slot] = q, k, v
         place = model.grid.tokens(slot)
-        keys[:, :, place], values[:, :, place] = k, v
-    return keys, values
+        whole[0, :, :, place], whole[1, :, :, place] = k, v
+    return whole
 
 
-def attention_on_tiles(setting: Setting, x: Tiles, layer: int, kept: Kept) -> Tiles:
+def attention_on_tiles(setting: Setting, x: dict[int, Array], layer: int, kept: Kept) -> dict[int, Array]:
     """x: every slot -> [B, s, h]. Returns x plus attention for this rank's slots."""
     model, grid, gain = setting.model, setting.grid, setting.weights.gains[2 * layer]
-    kept.norm = {slot: rmsnorm_forward(np, tile, gain, CONFIG.norm_eps)[0] for slot, tile in x.items()}
+    kept.norm = {slot: normalised(tile, gain) for slot, tile in x.items()}
     sums = {slot: Tree[Array](range(CONFIG.blocks)) for slot in grid.slots}
     for block in blocks_in_turn(grid):
         wqkv, wo = attention_views(CONFIG, setting.weights.attention[layer][block])
-        keys, values = project(model, kept.norm, wqkv, block, kept)
+        keys_values = project(model, kept.norm, wqkv, block, kept)  # [2, B, K/G, S, e]
         for slot in grid.slots:
-            n = grid.visible(slot)  # later keys are not masked: they are never looked at
-            heads, _ = attend_forward(np, kept.queries[block, slot], keys[:, :, :n], values[:, :, :n], model.mask)
-            y = out_forward(np, heads, wo, CONFIG.tile_len)  # [B, K/G, g*s, e] -> [B, s, h]
+            # Keys after the tile are not masked: they are never looked at.
+            heads = attend(kept.queries[block, slot], keys_values, grid.visible(slot), model.mask)
+            y = out_forward(np, heads[None], wo, CONFIG.tile_len)[0]  # [B, K/G, g*s, e] -> [B, s, h]
             kept.heads[block, slot], kept.of_block[block, slot] = heads, y
             sums[slot].add(block, y.copy())  # the tree adds in place
     kept.attention = {slot: tree.total for slot, tree in sums.items()}
     return {slot: x[slot] + kept.attention[slot] for slot in grid.slots}
 
 
-def mlp_on_tiles(setting: Setting, x: Tiles, layer: int, kept: Kept) -> Tiles:
-    """x: this rank's slots -> [B, s, h]. Returns x plus the feed-forward part; no tile looks at another."""
+def mlp_on_tiles(setting: Setting, x: dict[int, Array], layer: int, kept: Kept) -> dict[int, Array]:
+    """x: this rank's slots -> [B, s, h]. Returns x plus the MLP of the normed x; no tile looks at another."""
     grid, gain = setting.grid, setting.weights.gains[2 * layer + 1]
-    kept.mlp_norm = {slot: rmsnorm_forward(np, x[slot], gain, CONFIG.norm_eps)[0] for slot in grid.slots}
+    kept.mlp_norm = {slot: normalised(x[slot], gain) for slot in grid.slots}
     sums = {slot: Tree[Array](range(CONFIG.blocks)) for slot in grid.slots}
     for block in blocks_in_turn(grid):
         gate_up, down = mlp_views(CONFIG, setting.weights.mlp[layer][block])
         for slot in grid.slots:
-            sums[slot].add(block, swiglu_forward(np, kept.mlp_norm[slot], gate_up, down)[0])
+            sums[slot].add(block, fed_forward(kept.mlp_norm[slot], gate_up, down))
     kept.mlp = {slot: tree.total for slot, tree in sums.items()}
     return {slot: x[slot] + kept.mlp[slot] for slot in grid.slots}
 
@@ -310,12 +339,12 @@ class Course:
     losses  slot -> [B*s]
     """
 
-    inputs: list[Tiles]
-    losses: Tiles
+    inputs: list[dict[int, Array]]
+    losses: dict[int, Array]
     loss: float
 
 
-def exchange_tiles(comm: Communicator, grid: Grid, own: Tiles) -> Tiles:
+def exchange_tiles(comm: Communicator, grid: Grid, own: dict[int, Array]) -> dict[int, Array]:
     """Every rank's tiles on every rank: here so that each can compute all keys and values by itself."""
     tiles, requests = dict(own), []
     for peer in comm.others:
@@ -327,34 +356,34 @@ def exchange_tiles(comm: Communicator, grid: Grid, own: Tiles) -> Tiles:
     return tiles
 
 
-def embedding_on_tiles(setting: Setting, tokens: Tiles) -> Tiles:
+def embedding_on_tiles(setting: Setting, tokens: dict[int, Array]) -> dict[int, Array]:
     """tokens: slot -> [B, s]. A block has the rows of its own part of the vocabulary, and adds zeros for the rest."""
-    x: Tiles = {}
+    x: dict[int, Array] = {}
     for slot, tile in tokens.items():
         tree = Tree[Array](range(CONFIG.blocks))
         for block in blocks_in_turn(setting.grid):
             table = setting.weights.embedding[block]
-            rows = embed_forward(np, tile, table, block * len(table))  # [B, s] -> [B, s, h]
+            rows = embed_forward(np, tile[None], table, block * len(table))[0]  # [B, s] -> [B, s, h]
             tree.add(block, rows)
         x[slot] = tree.total
     return x
 
 
-def head_on_tiles(setting: Setting, x: Tiles, targets: Tiles) -> Tiles:
+def head_on_tiles(setting: Setting, x: dict[int, Array], targets: dict[int, Array]) -> dict[int, Array]:
     """Each token's loss, slot -> [B*s]; the tree merges (largest, sum, target's logit) of the blocks' logits."""
-    losses: Tiles = {}
+    losses: dict[int, Array] = {}
     for slot, tile in x.items():
-        last, _ = rmsnorm_forward(np, tile, setting.weights.gains[-1], CONFIG.norm_eps)
+        last = normalised(tile, setting.weights.gains[-1])
         tree = Tree[Array](range(CONFIG.blocks), partial(merge_triples, np))
         for block in blocks_in_turn(setting.grid):
             table = setting.weights.head_table[block]
-            triple = logits_forward(np, last, table, targets[slot], block * len(table))  # [B, s, h] -> [3, B*s]
+            triple = logits_forward(np, last[None], table, targets[slot][None], block * len(table))  # [1, 3, B*s]
             tree.add(block, triple)
-        losses[slot], _ = token_losses(np, tree.total)
+        losses[slot] = token_losses(np, tree.total)[0][0]
     return losses
 
 
-def mean_loss(comm: Communicator, grid: Grid, losses: Tiles) -> float:
+def mean_loss(comm: Communicator, grid: Grid, losses: dict[int, Array]) -> float:
     """The mean over all tokens of all ranks: each slot's sum is a leaf of one tree, on every rank."""
     sums = exchange_tiles(comm, grid, {slot: np.sum(tile, keepdims=True) for slot, tile in losses.items()})
     tree = Tree[Array](range(CONFIG.tiles))
@@ -378,14 +407,15 @@ def forward(setting: Setting, tokens: Array, targets: Array) -> Course:
 def one_process(setting: Setting, tokens: Array, targets: Array) -> Course:
     """The same by `reference.single`, which knows no rank, on every rank for itself."""
     model, slots = setting.model, range(CONFIG.tiles)
-    tokens_of, targets_of = (cut(model.grid, whole, slots) for whole in (tokens, targets))
+    tokens_of, targets_of = (  # [T, B, s]: here the slots are the first axis
+        np.stack(list(cut(model.grid, whole, slots).values())) for whole in (tokens, targets))
     loss, saved = single.model_forward(model, setting.weights, tokens_of, targets_of)
-    parts = [part.x for layer in zip(saved.attention, saved.mlp) for part in layer]
-    return Course([*parts, saved.head.x], {}, loss)
+    inputs = [kept.x for layer in zip(saved.attention, saved.mlp) for kept in layer] + [saved.head.x]  # [T, B, s, h]
+    return Course([dict(enumerate(x)) for x in inputs], {}, loss)
 
 
 def show_model(setting: Setting) -> None:
-    """The loss and every tile between the parts, against whole arrays and against one process."""
+    """The loss and every tile between the sub-layers, against whole arrays and against one process."""
     lesson, grid = setting.lesson, setting.grid
     lesson.part(f"The whole model: embedding, {CONFIG.num_layers} layers, head")
     generator = np.random.default_rng([SEED, 3])
@@ -404,7 +434,7 @@ def show_model(setting: Setting) -> None:
     lesson.check(f"each token's loss is that of whole arrays, within {TOLERANCE:.0e} of the largest",
                  gap(course.losses, wanted, grid) <= TOLERANCE)
     lesson.check(f"so is the mean, within {TOLERANCE:.0e}", abs(course.loss / textbook["loss"] - 1) <= TOLERANCE)
-    lesson.check(f"every tile between the parts has the bits of one process, and so has the loss (N = {lesson.size})",
+    lesson.check(f"every tile between sub-layers has the bits of one process, and so has the loss (N = {lesson.size})",
                  np.float64(course.loss).tobytes() == np.float64(alone.loss).tobytes()
                  and all(one[slot].tobytes() == other[slot].tobytes()
                          for one, other in zip(course.inputs, alone.inputs, strict=True) for slot in grid.slots))

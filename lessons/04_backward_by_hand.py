@@ -29,7 +29,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from stage import Lesson, random_weights, run
 
-from tsp_ref.arrays import Array, Tiles
+from tsp_ref.arrays import Array
 from tsp_ref.comm.control import all_gather
 from tsp_ref.grid.grid import share
 from tsp_ref.model.config import Config
@@ -57,7 +57,8 @@ EPS, THETA = 1e-5, 10000.0
 STEP = 1e-5
 TOLERANCE = 1e-7
 DIRECTIONS = 3
-# An operation on its own: a tile of s tokens, and n = 2s keys that it sees; the rest is one block of weights.
+# An operation on its own: a stack of one tile of s tokens, and n = 2s keys that it sees; the rest is one block of
+# weights.
 B, s, h, e, n = 2, 5, 12, 6, 10
 QUERY_HEADS, KV_HEADS, WIDTH, ROWS = 4, 2, 7, 9
 # The whole model: several blocks, tiles and layers, so that every kind of sum takes part.
@@ -135,18 +136,18 @@ def rmsnorm_pair(draw: Draw) -> Pair:
     """RMSNorm: the scale depends on x too."""
 
     def forward(x: Array, gain: Array) -> tuple[Array, ...]:
-        return (rmsnorm_forward(np, x, gain, EPS)[0],)
+        return (rmsnorm_forward(np, x, gain, EPS),)
 
     def backward(dy: tuple[Array], x: Array, gain: Array) -> tuple[Array, ...]:
-        _, inverse = rmsnorm_forward(np, x, gain, EPS)
-        return rmsnorm_backward(np, dy[0], x, gain, inverse)
+        dx, dgain = rmsnorm_backward(np, dy[0], x, gain, EPS)
+        return dx, dgain[0]
 
-    return Pair("rmsnorm", {"x": draw(B, s, h), "gain": draw(h)}, forward, backward)
+    return Pair("rmsnorm", {"x": draw(1, B, s, h), "gain": draw(h)}, forward, backward)
 
 
 def rotary_pair(draw: Draw) -> Pair:
     """The rotary embedding, of a tile that begins at position s."""
-    table = rotary_table(np, s, s, e, THETA, "float64")  # [2, s, e]
+    table = rotary_table(np, s, s, e, THETA, "float64")[None]  # [1, 2, s, e]
 
     def forward(x: Array) -> tuple[Array, ...]:
         return (rotary_forward(np, x, table),)
@@ -154,36 +155,43 @@ def rotary_pair(draw: Draw) -> Pair:
     def backward(dy: tuple[Array], x: Array) -> tuple[Array, ...]:
         return (rotary_backward(np, dy[0], table),)
 
-    return Pair("rotary", {"x": draw(B, QUERY_HEADS, s, e)}, forward, backward)
+    return Pair("rotary", {"x": draw(1, B, QUERY_HEADS, s, e)}, forward, backward)
 
 
 def qkv_pair(draw: Draw) -> Pair:
-    """The projection to queries, keys and values; three results, so three cotangents."""
-    table = rotary_table(np, s, s, e, THETA, "float64")  # [2, s, e]
+    """The projection to queries, and to keys and values; two results, so two cotangents."""
+    table = rotary_table(np, s, s, e, THETA, "float64")[None]  # [1, 2, s, e]
 
     def forward(x: Array, wqkv: Array) -> tuple[Array, ...]:
-        return qkv_forward(np, x, wqkv, table, QUERY_HEADS // KV_HEADS)
+        q = np.empty((1, B, KV_HEADS, QUERY_HEADS // KV_HEADS * s, e), dtype=np.float64)
+        keys_values = np.empty((1, 2, B, KV_HEADS, s, e), dtype=np.float64)
+        qkv_forward(np, x, wqkv, table, out=(q, keys_values))
+        return q, keys_values
 
-    def backward(dy: tuple[Array, Array, Array], x: Array, wqkv: Array) -> tuple[Array, ...]:
-        dwqkv = np.empty_like(wqkv)
-        return qkv_backward(np, *dy, x, wqkv, table, out=dwqkv), dwqkv
+    def backward(dy: tuple[Array, Array], x: Array, wqkv: Array) -> tuple[Array, ...]:
+        dwqkv = np.empty_like(wqkv[None])
+        return qkv_backward(np, *dy, x, wqkv, table, out=dwqkv), dwqkv[0]
 
-    return Pair("qkv", {"x": draw(B, s, h), "wqkv": draw(h, (QUERY_HEADS + 2 * KV_HEADS) * e)}, forward, backward)
+    return Pair("qkv", {"x": draw(1, B, s, h), "wqkv": draw(h, (QUERY_HEADS + 2 * KV_HEADS) * e)}, forward, backward)
 
 
 def attend_pair(draw: Draw) -> Pair:
     """Causal attention of a tile to itself and the tile before; the backward has kept only the log-sum-exp."""
     mask = causal_mask(np, s, "float64")  # [s, s]
 
+    def attend(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+        heads, logsumexp = np.empty_like(q), np.empty_like(q[..., :1])
+        attend_forward(np, q, np.stack([k, v]), [n], mask, out=(heads, logsumexp))
+        return heads, logsumexp
+
     def forward(q: Array, k: Array, v: Array) -> tuple[Array, ...]:
-        return (attend_forward(np, q, k, v, mask)[0],)
+        return (attend(q, k, v)[0],)
 
     def backward(dy: tuple[Array], q: Array, k: Array, v: Array) -> tuple[Array, ...]:
-        heads, logsumexp = attend_forward(np, q, k, v, mask)
-        dq, (dk, dv) = attend_backward(np, dy[0], q, k, v, mask, heads, logsumexp)
+        dq, [(dk, dv)] = attend_backward(np, dy[0], q, np.stack([k, v]), [n], mask, *attend(q, k, v))
         return dq, dk, dv
 
-    queries = draw(B, KV_HEADS, QUERY_HEADS // KV_HEADS * s, e)  # [B, K/G, g*s, e]
+    queries = draw(1, B, KV_HEADS, QUERY_HEADS // KV_HEADS * s, e)  # [1, B, K/G, g*s, e]
     keys, values = draw(B, KV_HEADS, n, e), draw(B, KV_HEADS, n, e)  # [B, K/G, n, e], [B, K/G, n, e]
     return Pair("attend", {"q": queries, "k": keys, "v": values}, forward, backward)
 
@@ -195,47 +203,49 @@ def out_pair(draw: Draw) -> Pair:
         return (out_forward(np, heads, wo, s),)
 
     def backward(dy: tuple[Array], heads: Array, wo: Array) -> tuple[Array, ...]:
-        dwo = np.empty_like(wo)
+        dwo = np.empty_like(wo[None])
         out_backward_weight(np, dy[0], heads, out=dwo)
-        return out_backward(np, dy[0], heads, wo, s), dwo
+        return out_backward(np, dy[0], heads, wo), dwo[0]
 
-    heads = draw(B, KV_HEADS, QUERY_HEADS // KV_HEADS * s, e)  # [B, K/G, g*s, e]
+    heads = draw(1, B, KV_HEADS, QUERY_HEADS // KV_HEADS * s, e)  # [1, B, K/G, g*s, e]
     return Pair("out", {"heads": heads, "wo": draw(QUERY_HEADS * e, h)}, forward, backward)
 
 
 def swiglu_pair(draw: Draw) -> Pair:
-    """The gated feed-forward part."""
+    """The gated MLP; its backward is given what the forward has kept."""
+    projected = np.empty((1, B * s, 2 * WIDTH), dtype=np.float64)  # [1, B*s, 2*f/G]
 
     def forward(x: Array, gate_up: Array, down: Array) -> tuple[Array, ...]:
-        return (swiglu_forward(np, x, gate_up, down)[0],)
+        return (swiglu_forward(np, x, gate_up, down, out=projected),)
 
     def backward(dy: tuple[Array], x: Array, gate_up: Array, down: Array) -> tuple[Array, ...]:
-        _, projected = swiglu_forward(np, x, gate_up, down)
-        out = np.empty_like(gate_up), np.empty_like(down)
-        return swiglu_backward(np, dy[0], x, gate_up, down, projected, out=out), *out
+        forward(x, gate_up, down)
+        dgate_up, ddown = np.empty_like(gate_up[None]), np.empty_like(down[None])
+        dx = swiglu_backward(np, dy[0], x, gate_up, down, projected, out=(dgate_up, ddown))
+        return dx, dgate_up[0], ddown[0]
 
     gate_up, down = draw(h, 2 * WIDTH), draw(WIDTH, h)  # [h, 2*f/G], [f/G, h]
-    return Pair("swiglu", {"x": draw(B, s, h), "gate_up": gate_up, "down": down}, forward, backward)
+    return Pair("swiglu", {"x": draw(1, B, s, h), "gate_up": gate_up, "down": down}, forward, backward)
 
 
 def embed_pair(draw: Draw) -> Pair:
     """The embedding by the second of three blocks: most tokens are in other blocks, some occur more than once."""
-    tokens = np.random.default_rng([SEED, 1]).integers(0, 3 * ROWS, (B, s), dtype=np.int64)
+    tokens = np.random.default_rng([SEED, 1]).integers(0, 3 * ROWS, (1, B, s), dtype=np.int64)
 
     def forward(table: Array) -> tuple[Array, ...]:
         return (embed_forward(np, tokens, table, ROWS),)
 
     def backward(dy: tuple[Array], table: Array) -> tuple[Array, ...]:
-        dtable = np.empty_like(table)
+        dtable = np.empty_like(table[None])
         embed_backward(np, dy[0], tokens, ROWS, out=dtable)
-        return (dtable,)
+        return (dtable[0],)
 
     return Pair("embed", {"table": draw(ROWS, h)}, forward, backward)
 
 
 def logits_pair(draw: Draw) -> Pair:
     """Head and cross-entropy over two blocks of the vocabulary, merged; the cotangent is the loss's own scale."""
-    targets = np.random.default_rng([SEED, 2]).integers(0, 2 * ROWS, (B, s), dtype=np.int64)
+    targets = np.random.default_rng([SEED, 2]).integers(0, 2 * ROWS, (1, B, s), dtype=np.int64)
 
     def losses(x: Array, table: Array) -> tuple[Array, Array]:
         triples = [logits_forward(np, x, block, targets, first) for block, first in zip(table, (0, ROWS))]
@@ -245,12 +255,12 @@ def logits_pair(draw: Draw) -> Pair:
         return (np.sum(losses(x, table)[0], keepdims=True),)
 
     def backward(dy: tuple[Array], x: Array, table: Array) -> tuple[Array, ...]:
-        scale, logsumexp, dtable = float(dy[0][0]), losses(x, table)[1], np.empty_like(table)
-        dx = [logits_backward(np, scale, x, block, targets, first, logsumexp, out=out)
+        scale, logsumexp, dtable = dy[0].item(), losses(x, table)[1], np.empty_like(table)
+        dx = [logits_backward(np, scale, x, block, targets, first, logsumexp, out=out[None])
               for block, first, out in zip(table, (0, ROWS), dtable)]
         return dx[0] + dx[1], dtable
 
-    return Pair("logits", {"x": draw(B, s, h), "table": draw(2, ROWS, h)}, forward, backward)
+    return Pair("logits", {"x": draw(1, B, s, h), "table": draw(2, ROWS, h)}, forward, backward)
 
 
 PAIRS = (rmsnorm_pair, rotary_pair, qkv_pair, attend_pair, out_pair, swiglu_pair, embed_pair, logits_pair)
@@ -300,8 +310,8 @@ class Problem:
 
     model: Model
     weights: Parameters
-    tokens: Tiles
-    targets: Tiles
+    tokens: Array  # [p, B, s]
+    targets: Array  # [p, B, s]
 
 
 def make_problem() -> Problem:
@@ -309,7 +319,8 @@ def make_problem() -> Problem:
     model, generator = Model(CONFIG, np), np.random.default_rng([SEED, 5])
     weights = random_weights(model, generator)
     text = generator.integers(0, CONFIG.vocab_size, (2, CONFIG.batch_size, CONFIG.seq_len), dtype=np.int64)
-    tokens, targets = ({slot: part[:, model.grid.tokens(slot)] for slot in model.grid.slots} for part in text)
+    tokens, targets = (  # [B, S] -> [p, B, s]
+        np.stack([whole[:, model.grid.tokens(slot)] for slot in model.grid.slots]) for whole in text)
     return Problem(model, weights, tokens, targets)
 
 
@@ -322,16 +333,16 @@ def matrices(parameters: Parameters) -> Iterator[tuple[str, list[Array]]]:
     yield "gains", [parameters.gains]
 
 
-def passed_on(dx: Tiles, dy: Tiles, residual: bool) -> Tiles:
-    """y = x + part(x), so a part's backward returns dy + what comes back through the part. The mistake: without dy."""
-    return dx if residual else {slot: dx[slot] - dy[slot] for slot in dx}
+def passed_on(dx: Array, dy: Array, residual: bool) -> Array:
+    """y = x + f(x), so a sub-layer's backward returns dy + what comes back through f. The mistake: without dy."""
+    return dx if residual else dx - dy
 
 
 def loss_and_gradient(problem: Problem, weights: Parameters, residual: bool = True) -> tuple[float, Parameters]:
     """`single.model_backward`, written out; residual=False is the same with one mistake."""
     model, gradients = problem.model, zero_parameters(problem.model, "gradients")
     loss, saved = single.model_forward(model, weights, problem.tokens, problem.targets)
-    dgain = {slot: np.empty_like(weights.gains) for slot in model.grid.slots}
+    dgain = np.empty((len(model.grid.slots), *weights.gains.shape), dtype=np.float64)  # [p, 2L+1, h]
     dx = single.head_backward(model, saved.head, problem.targets, weights, gradients, dgain)
     for layer in reversed(range(CONFIG.num_layers)):
         dy, dx = dx, single.mlp_backward(model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
@@ -366,8 +377,8 @@ def show_model(lesson: Lesson, problem: Problem) -> None:
     gradients = [loss_and_gradient(problem, problem.weights, residual)[1] for residual in (True, False)]
     rates = shared_out(lesson, len(names), 3, lambda task: judge_matrix(problem, task, gradients))
     lesson.say(f"L = {CONFIG.num_layers} layers, {CONFIG.num_parameters:,} parameters, {DIRECTIONS} random directions "
-               "in each matrix. The wrong gradient is a copy of the right one in which each part's backward returns "
-               "only what comes through the part, without dy, which passes beside it:")
+               "in each matrix. The wrong gradient is a copy of the right one in which each sub-layer's backward "
+               "returns only what comes through it, without dy, which passes beside it:")
     lesson.say(rates_table(names, rates))
     twins = zip(every_array(gradients[0]), every_array(by_single(problem)))
     lesson.check("the right gradient is, bit for bit, that of single.model_backward",

@@ -27,9 +27,9 @@ from typing import TypeAlias
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, members, names, recognise, relative_gap, run
+from stage import Lesson, in_order_of_text, members, names, random_tiles, recognise, relative_gap, run, same_bits
 
-from tsp_ref.arrays import Array, Tiles
+from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather, from_root
 from tsp_ref.comm.request import Request
@@ -39,8 +39,8 @@ from tsp_ref.grid.tree import Tree, cover
 from tsp_ref.model.config import make_config
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, initial_parameters, mlp_views, named_views, zero_parameters
-from tsp_ref.model.tilewise import add_residual, normalise, normalise_backward, totals
 from tsp_ref.ops.mlp import swiglu_backward, swiglu_forward
+from tsp_ref.ops.norm import rmsnorm_backward, rmsnorm_forward
 from tsp_ref.reference import single
 
 CONFIG = make_config("tiny", num_layers=1, ffn_size=256)
@@ -48,8 +48,8 @@ BLOCK_SIZE = 3 * CONFIG.hidden_size * CONFIG.ffn_size // CONFIG.blocks
 BLOCK_BYTES = BLOCK_SIZE * np.dtype(CONFIG.dtype).itemsize
 TOLERANCE = 1e-5
 
-Kept: TypeAlias = dict[tuple[int, int], Array]
-"""(block, slot) -> [B*s, 2f/G]"""
+Kept: TypeAlias = dict[int, Array]
+"""block -> [p, B*s, 2f/G]: x gate and x up of this rank's tiles, p of them in the order of their slots."""
 
 
 class Tag(IntEnum):
@@ -61,8 +61,8 @@ class Tag(IntEnum):
 
 
 @dataclass
-class Turn:
-    """What a rank noted at each step of its turn of the ring, when its first product began.
+class Notes:
+    """What a rank noted at each step of its round of the ring, when its first product began.
 
     held    which of the layer's blocks it held, one bit per block, recognised by their bytes
     posted  how many receives it had posted so far
@@ -72,16 +72,8 @@ class Turn:
     posted: list[int] = field(default_factory=list)
 
 
-def tiles(grid: Grid, purpose: int) -> Tiles:
-    """Random tiles [B, s, h], drawn by slot, so that all ranks agree and none draws a tile that it does not own."""
-    shape = (CONFIG.batch_size, CONFIG.tile_len, CONFIG.hidden_size)
-    return {
-        slot: np.random.default_rng([purpose, slot]).standard_normal(shape, dtype=np.float32) for slot in grid.slots
-    }
-
-
 def layer_weights(model: Model) -> Parameters:
-    """The initial weights, the MLP's eight times as large: its part of the output is then as large as the input's."""
+    """The initial weights, the MLP's eight times as large: its term of the output is then as large as the input's."""
     weights = initial_parameters(model)
     weights.mlp[0] *= 8
     return weights
@@ -93,18 +85,18 @@ class Judge:
 
     model: Model
     weights: Parameters
-    output: Tiles
+    output: Array  # [T, B, s, h]
     gradient: Array  # [G, size of a packed block]
-    dx: Tiles
+    dx: Array  # [T, B, s, h]
 
 
 def judge() -> Judge:
     """`reference.single` on the whole layer, forward and backward."""
     model = Model(CONFIG, np)
     weights, gradients = layer_weights(model), zero_parameters(model, "gradients")
-    dgain = {slot: model.empty("buffers", *weights.gains.shape) for slot in model.grid.slots}
-    output, saved = single.mlp_forward(model, tiles(model.grid, 1), weights, 0)
-    dx = single.mlp_backward(model, tiles(model.grid, 2), saved, weights, 0, gradients, dgain)
+    dgain = np.empty((CONFIG.tiles, *weights.gains.shape), dtype=CONFIG.dtype)
+    output, saved = single.mlp_forward(model, random_tiles(model, 1), weights, 0)
+    dx = single.mlp_backward(model, random_tiles(model, 2), saved, weights, 0, gradients, dgain)
     return Judge(model, weights, output, gradients.mlp[0], dx)
 
 
@@ -112,7 +104,7 @@ def judge() -> Judge:
 
 
 def ring(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iterator[tuple[int, Array]]:
-    """One turn: yields (owner, its blocks), this rank's own first, then those of its left neighbour, and so on."""
+    """One round: yields (owner, its blocks), this rank's own first, then those of its left neighbour, and so on."""
     grid = model.grid
     left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
     held, spare = shard, two_buffers(comm, model)
@@ -123,12 +115,12 @@ def ring(comm: Communicator, model: Model, shard: Array, tag: Tag) -> Iterator[t
             return
         # The left neighbour has the next blocks now. Their messages are posted before the caller multiplies these, so
         # that they can travel meanwhile; whether they do is up to the MPI library.
-        coming = spare[step % 2][: len(grid.blocks_of((owner - 1) % comm.size))]
-        requests = [comm.Irecv(coming, left, tag), comm.Isend(held, right, tag)]
+        following = spare[step % 2][: len(grid.blocks_of((owner - 1) % comm.size))]
+        requests = [comm.Irecv(following, left, tag), comm.Isend(held, right, tag)]
         yield owner, held
-        # Both must be done: `coming` is read next, and the buffer that `held` lies in is filled anew.
+        # Both must be done: `following` is read next, and the buffer that `held` lies in is filled again.
         comm.Waitall(requests)
-        held = coming
+        held = following
 
 
 def two_buffers(comm: Communicator, model: Model) -> list[Array]:
@@ -140,28 +132,30 @@ def two_buffers(comm: Communicator, model: Model) -> list[Array]:
 
 
 def ring_forward(
-    comm: Communicator, model: Model, x: Tiles, weights: Parameters, turn: Turn, truth: Judge
-) -> tuple[Tiles, Kept]:
-    """x plus the MLP of the normalised x, for this rank's slots; and, kept for the backward, x gate and x up."""
-    grid, normed = model.grid, normalise(model, x, weights.gains[1])
-    output = {slot: Tree[Array](range(CONFIG.blocks)) for slot in grid.slots}
-    projected: Kept = {}
+    comm: Communicator, model: Model, x: Array, weights: Parameters, notes: Notes, truth: Judge
+) -> tuple[Array, Kept]:
+    """x plus the MLP of the normed x, for this rank's tiles [p, B, s, h]; and, kept for the backward, x gate and x up.
+
+    The operations take a stack of tiles, here all that the rank has; to each they do what they would do to it alone.
+    """
+    normed = rmsnorm_forward(np, x, weights.gains[1], CONFIG.norm_eps)
+    output, projected = Tree[Array](range(CONFIG.blocks)), Kept()
     for owner, held in ring(comm, model, weights.mlp[0], Tag.WEIGHTS):
-        turn.held.append(recognise(held, truth.weights.mlp[0]))
-        turn.posted.append(comm.ledger.sums("receive", "WEIGHTS")[0])
-        for block, packed in zip(grid.blocks_of(owner), held):
+        notes.held.append(recognise(held, truth.weights.mlp[0]))
+        notes.posted.append(comm.ledger.sums("receive", "WEIGHTS")[0])
+        for block, packed in zip(model.grid.blocks_of(owner), held):
             gate_up, down = mlp_views(CONFIG, packed)  # -> [h, 2*f/G], [f/G, h]
-            for slot in grid.slots:
-                y, kept = swiglu_forward(np, normed[slot], gate_up, down)  # -> [B, s, h], [B*s, 2*f/G]
-                projected[block, slot] = kept
-                # Blocks come in another order on every rank; the tree over the block index makes that immaterial.
-                output[slot].add(block, y)
-    return add_residual(model, x, totals(output)), projected
+            projected[block] = np.empty(
+                (len(x), CONFIG.batch_size * CONFIG.tile_len, gate_up.shape[1]), dtype=CONFIG.dtype)
+            y = swiglu_forward(np, normed, gate_up, down, out=projected[block])  # -> [p, B, s, h]
+            # Blocks come in another order on every rank; the tree over the block index makes that immaterial.
+            output.add(block, y)
+    return x + output.total, projected
 
 
 @dataclass
 class Arrival:
-    """A piece of the gradient of one of this rank's blocks, on its way here, and its node in that block's tree."""
+    """A piece of the gradient of one of this rank's blocks, in flight, and its node in that block's tree."""
 
     request: Request
     tree: Tree[Array]
@@ -169,44 +163,42 @@ class Arrival:
 
 
 def ring_backward(
-    comm: Communicator, model: Model, dy: Tiles, x: Tiles, weights: Parameters, projected: Kept
-) -> tuple[Tiles, list[Array]]:
-    """dx for this rank's slots, and the whole gradient of each of this rank's blocks."""
-    grid, normed = model.grid, normalise(model, x, weights.gains[1])
-    dnormed = {slot: Tree[Array](range(CONFIG.blocks)) for slot in grid.slots}
+    comm: Communicator, model: Model, dy: Array, x: Array, weights: Parameters, projected: Kept
+) -> tuple[Array, list[Array]]:
+    """dx [p, B, s, h] for this rank's tiles, and the whole gradient of each of this rank's blocks."""
+    grid, gain = model.grid, weights.gains[1]
+    normed, dnormed = rmsnorm_forward(np, x, gain, CONFIG.norm_eps), Tree[Array](range(CONFIG.blocks))
     own: list[Tree[Array]] = []
     arrivals: list[Arrival] = []
-    leaving: list[Request] = []
+    sends: list[Request] = []
     for step, (owner, held) in enumerate(ring(comm, model, weights.mlp[0], Tag.WEIGHTS_BACKWARD)):
         partials = block_gradients(model, dy, normed, held, grid.blocks_of(owner), dnormed, projected)
         if step == 0:
             own = partials
             continue
-        # The pieces of the step before were posted before these products; now they must be here.
-        merge(comm, arrivals, leaving)
-        # Gradients do not go round: straight home to the owner, as those of this rank's blocks come from the rank that
-        # is `step` to the right, which has just multiplied them.
+        # The pieces of the step before were posted before these products; now wait for them.
+        merge(comm, arrivals, sends)
+        # Gradients do not go round: they are sent straight to the owner, as those of this rank's blocks come from the
+        # rank that is `step` to the right, which has just multiplied them.
         arrivals = expect(comm, grid, own, (comm.rank + step) % comm.size)
-        leaving = [comm.Isend(piece, owner, Tag.GRADIENTS) for tree in partials for _, piece in tree.pieces()]
-    merge(comm, arrivals, leaving)
-    dgain = {slot: model.empty("buffers", *weights.gains.shape) for slot in grid.slots}
-    dx = normalise_backward(model, totals(dnormed), x, weights.gains[1], dgain, 1)
-    return {slot: dy[slot] + dx[slot] for slot in grid.slots}, [tree.total for tree in own]
+        sends = [comm.Isend(piece, owner, Tag.GRADIENTS) for tree in partials for _, piece in tree.pieces()]
+    merge(comm, arrivals, sends)
+    dx, _ = rmsnorm_backward(np, dnormed.total, x, gain, CONFIG.norm_eps)
+    return dx + dy, [tree.total for tree in own]
 
 
 def block_gradients(
-    model: Model, dy: Tiles, normed: Tiles, held: Array, blocks: range, dnormed: dict[int, Tree[Array]], projected: Kept
+    model: Model, dy: Array, normed: Array, held: Array, blocks: range, dnormed: Tree[Array], projected: Kept
 ) -> list[Tree[Array]]:
     """For each block at hand a sum over tiles: its gradient, as far as this rank's tokens make it."""
     partials = []
     for block, packed in zip(blocks, held):
         gate_up, down = mlp_views(CONFIG, packed)  # -> [h, 2*f/G], [f/G, h]
+        leaves = np.empty((len(dy), packed.size), dtype=CONFIG.dtype)  # one for each tile
+        dnormed.add(block, swiglu_backward(
+            np, dy, normed, gate_up, down, projected[block], out=mlp_views(CONFIG, leaves)))
         dweights = Tree[Array](range(CONFIG.tiles))
-        for slot in model.grid.slots:
-            leaf = np.empty_like(packed)
-            dnormed[slot].add(block, swiglu_backward(
-                np, dy[slot], normed[slot], gate_up, down, projected[block, slot], out=mlp_views(CONFIG, leaf)))
-            dweights.add(slot, leaf)
+        dweights.add_stack(model.grid.slots, leaves)
         partials.append(dweights)
     return partials
 
@@ -221,30 +213,22 @@ def expect(comm: Communicator, grid: Grid, own: list[Tree[Array]], peer: int) ->
     ]
 
 
-def merge(comm: Communicator, arrivals: list[Arrival], leaving: list[Request]) -> None:
-    """Put each piece into its tree as it comes in, whichever comes first; then see this rank's own pieces off."""
+def merge(comm: Communicator, arrivals: list[Arrival], sends: list[Request]) -> None:
+    """Put each piece into its tree as it comes in, whichever comes first; then wait for this rank's own sends."""
     while arrivals:
         arrival = arrivals.pop(comm.Waitany([arrival.request for arrival in arrivals]))
         level, index = arrival.node
         arrival.tree.add(index, arrival.request.array, level)
-    comm.Waitall(leaving)
+    comm.Waitall(sends)
 
 
 # The independent calculations that the checks compare with.
 
 
-def in_order(grid: Grid, parts: Tiles) -> Array:
-    """Tiles as one array in the order of the text, in float64, zeros where no tile is given."""
-    whole = np.zeros((CONFIG.batch_size, CONFIG.seq_len, CONFIG.hidden_size), dtype=np.float64)
-    for slot, part in parts.items():
-        whole[:, grid.tokens(slot)] = part
-    return whole  # [B, S, h]
-
-
 def plain_inputs(truth: Judge) -> tuple[Array, Array, Array]:
     """x, the packed weights of all blocks and dy as whole arrays, in float64."""
-    grid = truth.model.grid
-    return in_order(grid, tiles(grid, 1)), truth.weights.mlp[0].astype(np.float64), in_order(grid, tiles(grid, 2))
+    x, dy = (in_order_of_text(truth.model.grid, random_tiles(truth.model, purpose)) for purpose in (1, 2))
+    return x, truth.weights.mlp[0].astype(np.float64), dy
 
 
 def plain_mlp(x: Array, packed: Array, gain: Array) -> Array:
@@ -291,28 +275,28 @@ def show_owners(lesson: Lesson, grid: Grid) -> None:
         lesson.say("One rank has no neighbour: its ring is one step, without a message. Run it on more ranks, too.")
 
 
-def show_turn(lesson: Lesson, grid: Grid, turn: Turn) -> None:
+def show_round(lesson: Lesson, grid: Grid, notes: Notes) -> None:
     """The blocks that each rank held at each step, as it recognised them."""
-    lesson.part("A turn of the ring")
+    lesson.part("A round of the ring")
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     for heading in ("blocks held by", *(f"step {step}" for step in range(lesson.size))):
         table.add_column(heading, no_wrap=True)
-    for rank, row in enumerate(all_gather(lesson.comm, np.array(turn.held, dtype=np.int64))):
+    for rank, row in enumerate(all_gather(lesson.comm, np.array(notes.held, dtype=np.int64))):
         table.add_row(f"rank {rank}", *(names(members(mask)) for mask in row.tolist()))
     lesson.say(table)
     lesson.say("Along a row: a rank meets every block once. Along a diagonal: a shard moves one rank on at each step.")
     steps = range(lesson.size)
     expected = [sum(1 << block for block in grid.blocks_of((lesson.rank - step) % lesson.size)) for step in steps]
-    lesson.check("after s steps rank r holds the blocks of rank r - s, byte for byte", turn.held == expected)
+    lesson.check("after s steps rank r holds the blocks of rank r - s, byte for byte", notes.held == expected)
     lesson.check("at each step the next blocks' receive was posted before the first product",
-                 turn.posted == [min(step + 1, lesson.size - 1) for step in steps])
+                 notes.posted == [min(step + 1, lesson.size - 1) for step in steps])
 
 
 def show_bytes(lesson: Lesson, grid: Grid) -> None:
     """What the forward sent."""
     lesson.part("Bytes")
     lesson.say("At each of N-1 steps rank r passes on what it holds: its own blocks, then those of r-1, r-2, ...\n"
-               "The blocks of rank r+1 it never sends: their journey ends with it. So it sends all blocks of\n"
+               "The blocks of rank r+1 it never sends: their round ends with it. So it sends all blocks of\n"
                "the layer but its right neighbour's, and receives all but its own: with even shards, (N-1)/N of it.")
     messages, sent = lesson.comm.ledger.sums("send", "WEIGHTS")
     _, received = lesson.comm.ledger.sums("receive", "WEIGHTS")
@@ -326,23 +310,23 @@ def show_bytes(lesson: Lesson, grid: Grid) -> None:
 
 
 def bare_ring_bytes(size: int) -> int:
-    """What a turn of the ring allocates per rank beside the shards, in bytes, as Python's allocators report it.
+    """What a round of the ring allocates per rank beside the shards, in bytes, as Python's allocators report it.
 
     All ranks of a process share these reports, so this is a world of its own, of `size` virtual ranks that do nothing
-    but turn. None can end its turn before all have begun theirs, so at the peak all hold at once what they hold while
-    they wait for a message.
+    else. None can end its round before all have begun theirs, so at the peak all hold at once what they hold while they
+    wait for a message.
     """
     models = [Model(CONFIG, np, *folded(rank, size)) for rank in range(size)]
     shards = [layer_weights(model).mlp[0] for model in models]
     world = VirtualWorld(size)
 
-    def turn(comm: Communicator) -> None:
+    def one_round(comm: Communicator) -> None:
         for _ in ring(comm, models[comm.rank], shards[comm.rank], Tag.WEIGHTS):
             pass
 
     tracemalloc.start()
     try:
-        world.run(turn)
+        world.run(one_round)
         return tracemalloc.get_traced_memory()[1] // size
     finally:
         tracemalloc.stop()
@@ -356,7 +340,7 @@ def show_memory(lesson: Lesson, grid: Grid, own: int, in_flight: int) -> None:
     lesson.say_from_all(f"{own:,} + {in_flight:,} = {own + in_flight:,} bytes")
     # On rank 0 alone: where all ranks are threads of one process, the others wait meanwhile, and allocate nothing.
     measured = from_root(lesson.comm, bare_ring_bytes(lesson.size) if lesson.rank == 0 else 0)
-    lesson.say(f"Measured by tracemalloc, in a ring of N = {lesson.size} virtual ranks that do nothing but turn: "
+    lesson.say(f"Measured by tracemalloc, in a ring of N = {lesson.size} virtual ranks that do nothing else: "
                f"{measured:,} bytes per\nrank beside its own blocks, Python's objects for ranks and messages included.")
     largest = max(len(grid.blocks_of(rank)) for rank in range(lesson.size)) * BLOCK_BYTES
     lesson.check("the ring allocates min(2, N - 1) times the largest shard, and beyond that less than one block",
@@ -365,46 +349,47 @@ def show_memory(lesson: Lesson, grid: Grid, own: int, in_flight: int) -> None:
                  0 <= measured - in_flight < BLOCK_BYTES)
 
 
-def show_output(lesson: Lesson, output: Tiles, truth: Judge) -> None:
+def show_output(lesson: Lesson, grid: Grid, output: Array, truth: Judge) -> None:
     """Bits and closeness of the forward."""
     lesson.part("The output")
     x, weights, _ = plain_inputs(truth)
     plain = plain_mlp(x, weights, truth.weights.gains[1])
-    gap = max(relative_gap(tile, plain[:, truth.model.grid.tokens(slot)]) for slot, tile in output.items())
-    lesson.say("No message carries an output: after a turn every rank's own tokens are complete. Largest distance\n"
+    gap = max(relative_gap(tile, plain[:, grid.tokens(slot)]) for slot, tile in zip(grid.slots, output))
+    lesson.say("No message carries an output: after a round every rank's own tokens are complete. Largest distance\n"
                "from the whole-array formula in float64, relative to the largest value:")
     lesson.say_from_all(f"{gap:.1e}")
-    same = all(tile.tobytes() == truth.output[slot].tobytes() for slot, tile in output.items())
-    lesson.check("every bit of this rank's tokens equals the single process's", same)
+    lesson.check("every bit of this rank's tokens equals the single process's",
+                 same_bits(output, truth.output[list(grid.slots)]))
     lesson.check(f"and the whole-array formula agrees within {TOLERANCE:g}", gap < TOLERANCE)
 
 
 def show_backward(lesson: Lesson, grid: Grid) -> None:
     """What the backward sent."""
-    lesson.part("Backward: weights go round again, gradients go straight home")
-    lesson.say("Each rank's tokens make a part of every block's gradient, summed in a tree over the tiles. The few\n"
+    lesson.part("Backward: weights go round again, gradients go straight to the owner")
+    lesson.say("Each rank's tokens have a term of every block's gradient, summed in a tree over the tiles. The few\n"
                "whole subtrees that a rank's slots fill go to the block's owner, who merges them as they come in.")
     pieces, away = subtrees(range(grid.slots[0], grid.slots[-1] + 1)), CONFIG.blocks - len(grid.blocks)
     messages, sent = lesson.comm.ledger.sums("send", "GRADIENTS")
     filled = "1 subtree" if pieces == 1 else f"{pieces} subtrees"
     lesson.say_from_all(f"slots {names(grid.slots)} fill {filled}: sent {messages} pieces, {sent:,} bytes")
-    lesson.say("With one subtree per rank, all gradients together cost what a turn of weights does; with more, more.")
+    lesson.say("With one subtree per rank, all gradients together cost what a round of weights does; with more, more.")
     lesson.check("gradient bytes sent = subtrees of this rank's slots x blocks of other ranks x bytes of a block",
                  sent == pieces * away * BLOCK_BYTES)
-    lesson.check("the weights' second turn sends what the first did",
+    lesson.check("the weights' second round sends what the first did",
                  lesson.comm.ledger.sums("send", "WEIGHTS_BACKWARD") == lesson.comm.ledger.sums("send", "WEIGHTS"))
 
 
-def show_gradients(lesson: Lesson, grid: Grid, dx: Tiles, gradient: Array, truth: Judge) -> None:
+def show_gradients(lesson: Lesson, model: Model, dx: Array, gradient: Array, truth: Judge) -> None:
     """Bits of the gradients, and slopes of the plain formula."""
+    grid = model.grid
     lesson.part("The gradients")
     x, weights, dy = plain_inputs(truth)
     mine = slice(grid.blocks.start, grid.blocks.stop)
-    along_weights, along_x = np.zeros_like(weights), in_order(grid, tiles(grid, 4))
+    along_weights, along_x = np.zeros_like(weights), in_order_of_text(grid, random_tiles(model, 4))
     along_weights[mine] = np.random.default_rng([3, lesson.rank]).standard_normal(gradient.shape)
     gain = truth.weights.gains[1]
     measured = slope(x, weights, gain, dy, 0 * x, along_weights), slope(x, weights, gain, dy, along_x, 0 * weights)
-    whole_dx = in_order(grid, dx)
+    whole_dx = in_order_of_text(grid, dx)
     found = float(np.sum(along_weights[mine] * gradient)), float(np.sum(along_x * whole_dx))
     lesson.say("Slopes in a random direction, of each rank's own weights and of its own tokens: by the gradients,\n"
                "and by a central difference of the whole-array formula.")
@@ -413,7 +398,7 @@ def show_gradients(lesson: Lesson, grid: Grid, dx: Tiles, gradient: Array, truth
     lesson.check("every bit of the gradient of this rank's blocks equals the single process's",
                  gradient.tobytes() == truth.gradient[mine].tobytes())
     lesson.check("every bit of dx of this rank's tokens equals the single process's",
-                 all(tile.tobytes() == truth.dx[slot].tobytes() for slot, tile in dx.items()))
+                 same_bits(dx, truth.dx[list(grid.slots)]))
     # A direction of standard normals meets a gradient with about its norm: the scale that an error is seen on.
     norms = np.linalg.norm(gradient), np.linalg.norm(whole_dx)
     lesson.check("and the slopes agree within 1e-4 of the gradient's norm",
@@ -424,18 +409,18 @@ def main(lesson: Lesson) -> None:
     """The lesson, part by part."""
     lesson.require_ranks(CONFIG.max_ranks)
     comm, model, truth = lesson.comm, Model(CONFIG, np, *folded(lesson.rank, lesson.size)), judge()
-    weights, turn = layer_weights(model), Turn()
-    x, dy = tiles(model.grid, 1), tiles(model.grid, 2)
+    weights, notes = layer_weights(model), Notes()
+    x, dy = random_tiles(model, 1), random_tiles(model, 2)
     show_owners(lesson, model.grid)
-    output, projected = ring_forward(comm, model, x, weights, turn, truth)
+    output, projected = ring_forward(comm, model, x, weights, notes, truth)
     in_flight = model.memory.peak["buffers"]
-    show_turn(lesson, model.grid, turn)
+    show_round(lesson, model.grid, notes)
     show_bytes(lesson, model.grid)
     show_memory(lesson, model.grid, weights.mlp[0].nbytes, in_flight)
-    show_output(lesson, output, truth)
+    show_output(lesson, model.grid, output, truth)
     dx, gradient = ring_backward(comm, model, dy, x, weights, projected)
     show_backward(lesson, model.grid)
-    show_gradients(lesson, model.grid, dx, np.stack(gradient), truth)
+    show_gradients(lesson, model, dx, np.stack(gradient), truth)
 
 
 if __name__ == "__main__":

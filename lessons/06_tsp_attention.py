@@ -9,7 +9,7 @@ are those of arXiv 2604.26294; the fixed order of the sum over heads is this pro
 
 Look at: who owns which heads and which tokens; the steps, one per owner of heads; the bytes of weights, which grow
 with h * h, and of keys and values, which grow with the number of tokens and shrink with grouped-query attention; and
-the last part, which asks whose sum each output is.
+the last section, which asks whose sum each output is.
 
 Try it: in `exchange`, put keys and values where they come in the order of slots, not where they belong in the text:
 replace `grid.tokens(slot)` by `slice(slot * length, (slot + 1) * length)`. Every byte still arrives, and the checks of
@@ -26,9 +26,9 @@ from enum import IntEnum
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, members, names, recognise, relative_gap, run
+from stage import Lesson, in_order_of_text, members, names, random_tiles, recognise, relative_gap, run, same_bits
 
-from tsp_ref.arrays import Array, Tiles
+from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.request import Request
@@ -38,8 +38,9 @@ from tsp_ref.model.activations import AttentionSaved
 from tsp_ref.model.config import Config, make_config
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, attention_views, initial_parameters
-from tsp_ref.model.tilewise import add_residual, normalise, totals
+from tsp_ref.model.tilewise import keys_values_of
 from tsp_ref.ops.attention import attend_forward, out_forward, qkv_forward
+from tsp_ref.ops.norm import rmsnorm_forward
 from tsp_ref.reference import naive, single
 
 FULL = make_config("tiny", num_layers=1, hidden_size=128, num_heads=16, num_kv_heads=16)
@@ -84,12 +85,6 @@ class Notes:
     keys_values: dict[int, Array] = field(default_factory=dict)
 
 
-def tiles(config: Config, grid: Grid) -> Tiles:
-    """Random tiles [B, s, h], drawn by slot, so that all ranks agree and none draws a tile that it does not own."""
-    shape = (config.batch_size, config.tile_len, config.hidden_size)
-    return {slot: np.random.default_rng([6, slot]).standard_normal(shape, dtype=np.float32) for slot in grid.slots}
-
-
 def layer_weights(model: Model) -> Parameters:
     """The initial weights, the attention's four times as large: some queries then clearly prefer some keys."""
     weights = initial_parameters(model)
@@ -100,19 +95,22 @@ def layer_weights(model: Model) -> Parameters:
 # TSP attention.
 
 
-def attention(comm: Communicator, model: Model, x: Tiles, weights: Parameters, notes: Notes) -> Tiles:
-    """x plus the attention of the normalised x, for this rank's slots: slot -> [B, s, h]."""
+def attention(comm: Communicator, model: Model, x: Array, weights: Parameters, notes: Notes) -> Array:
+    """x plus the attention of the normed x, for this rank's tiles [p, B, s, h], p of them in the order of their slots.
+
+    The operations take a stack of tiles, here all that the rank has; to each they do what they would do to it alone.
+    """
     grid, shard = model.grid, weights.attention[0]
-    normed = normalise(model, x, weights.gains[0])
-    output = {slot: Tree[Array](range(model.config.blocks)) for slot in grid.slots}
-    coming, requests = broadcast(comm, model, shard, 0)
+    normed = rmsnorm_forward(np, x, weights.gains[0], model.config.norm_eps)
+    output = Tree[Array](range(model.config.blocks))
+    prefetched, requests = broadcast(comm, model, shard, 0)
     for owner in range(comm.size):
         comm.Waitall(requests)
-        held, arrived = coming, [request for request in requests if request.verb == "receive"]
+        held, arrived = prefetched, [request for request in requests if request.verb == "receive"]
         if owner + 1 < comm.size:
             # Posted before these are put to work, so that the next owner's heads can travel meanwhile; whether they do
             # is up to the MPI library.
-            coming, requests = broadcast(comm, model, shard, owner + 1)
+            prefetched, requests = broadcast(comm, model, shard, owner + 1)
         q, own = project(model, normed, held)
         before = comm.ledger.sums("receive", "KEYS_VALUES")[1]
         whole = exchange(comm, model, own)
@@ -123,38 +121,37 @@ def attention(comm: Communicator, model: Model, x: Tiles, weights: Parameters, n
         for position, block in enumerate(grid.blocks_of(owner)):
             notes.keys_values[block] = whole[position].copy()
             _, wo = attention_views(model.config, held[position])  # -> [H/G*e, h]
-            attend(model, q, whole[position], wo, block, position, output, notes)
-    return add_residual(model, x, totals(output))
+            # What a block of heads writes is one leaf of each tile's sum over blocks.
+            output.add(block, attend(model, q[position], whole[position], wo, notes))
+    return x + output.total
 
 
 def broadcast(comm: Communicator, model: Model, shard: Array, owner: int) -> tuple[Array, list[Request]]:
-    """Start to bring an owner's packed {wq, wk, wv, wo} blocks to every rank: where they will lie, and the messages."""
+    """Post the broadcast of an owner's packed {wq, wk, wv, wo} blocks: where they will lie, and the messages."""
     grid = model.grid
     if owner == comm.rank:
         return shard, [comm.Isend(shard, peer, Tag.WEIGHTS) for peer in comm.others]
-    coming = model.empty("buffers", len(grid.blocks_of(owner)), shard.shape[1])
-    return coming, [comm.Irecv(coming, owner, Tag.WEIGHTS)]
+    received = model.empty("buffers", len(grid.blocks_of(owner)), shard.shape[1])
+    return received, [comm.Irecv(received, owner, Tag.WEIGHTS)]
 
 
-def project(model: Model, normed: Tiles, held: Array) -> tuple[dict[tuple[int, int], Array], Array]:
-    """The heads at hand for this rank's tokens: queries by (position of the block, slot), and its keys and values."""
-    config, grid = model.config, model.grid
-    q: dict[tuple[int, int], Array] = {}
-    own = model.empty("buffers", len(held), len(grid.slots), 2, config.batch_size, config.kv_heads_per_block,
-                      config.tile_len, config.head_dim)
+def project(model: Model, normed: Array, held: Array) -> tuple[Array, Array]:
+    """The n blocks of heads at hand, for this rank's tokens: queries [n, p, B, K/G, g*s, e], and keys and values
+    [n, p, 2, B, K/G, s, e]."""
+    config, (count, batch, length, _) = model.config, normed.shape
+    heads, head_dim = config.kv_heads_per_block, config.head_dim
+    q = model.empty("working", len(held), count, batch, heads, config.group_size * length, head_dim)
+    own = model.empty("buffers", len(held), count, 2, batch, heads, length, head_dim)
     for position, packed in enumerate(held):
         wqkv, _ = attention_views(config, packed)  # -> [h, (H+2*K)/G*e]
-        for number, slot in enumerate(grid.slots):
-            q[position, slot], k, v = qkv_forward(np, normed[slot], wqkv, model.rotary[slot], config.group_size)
-            own[position, number, 0] = k
-            own[position, number, 1] = v
+        qkv_forward(np, normed, wqkv, model.rotary, out=(q[position], own[position]))
     return q, own
 
 
 def exchange(comm: Communicator, model: Model, own: Array) -> Array:
     """Keys and values of the heads at hand, over the whole sequence and in the order of the text.
 
-    own [n, this rank's slots, 2, B, K/G, s, e] -> [n, 2, B, K/G, S, e].
+    own [n, p, 2, B, K/G, s, e] -> [n, 2, B, K/G, S, e].
     """
     grid = model.grid
     blocks, _, two, batch, heads, length, head_dim = own.shape
@@ -171,17 +168,16 @@ def exchange(comm: Communicator, model: Model, own: Array) -> Array:
     return whole
 
 
-def attend(
-    model: Model, q: dict[tuple[int, int], Array], whole: Array, wo: Array, block: int, position: int,
-    output: dict[int, Tree[Array]], notes: Notes,
-) -> None:
-    """One block of heads for this rank's tokens; what they write is one leaf of each tile's sum over blocks."""
-    for slot in model.grid.slots:
-        # A tile of queries has all its keys at hand, so one softmax over them is enough: nothing to merge later.
-        k, v = whole[:, :, :, : model.grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
-        heads, _ = attend_forward(np, q[position, slot], k, v, model.mask)  # -> [B, K/G, g*s, e], [B, K/G, g*s, 1]
-        output[slot].add(block, out_forward(np, heads, wo, model.config.tile_len))  # [B, K/G, g*s, e] -> [B, s, h]
+def attend(model: Model, q: Array, whole: Array, wo: Array, notes: Notes) -> Array:
+    """One block of heads for this rank's tiles: its term of their outputs [p, B, s, h]."""
+    visible = [model.grid.visible(slot) for slot in model.grid.slots]  # how many keys each tile sees
+    heads, logsumexp = np.empty_like(q), np.empty_like(q[..., :1])  # [p, B, K/G, g*s, e], [p, B, K/G, g*s, 1]
+    # A tile of queries has all its keys at hand, so one softmax over them is enough: nothing to merge later.
+    attend_forward(np, q, whole, visible, model.mask, out=(heads, logsumexp))
+    terms = out_forward(np, heads, wo, model.config.tile_len)  # [p, B, K/G, g*s, e] -> [p, B, s, h]
+    for slot, _ in zip(model.grid.slots, terms, strict=True):
         notes.leaves[slot] = notes.leaves.get(slot, 0) + 1
+    return terms
 
 
 # What the checks compare with.
@@ -193,7 +189,7 @@ class Judge:
 
     model: Model
     weights: Parameters
-    output: Tiles
+    output: Array  # [T, B, s, h]
     saved: AttentionSaved
     plain: Array  # [B, S, h] in float64
 
@@ -201,12 +197,9 @@ class Judge:
 def judge(config: Config) -> Judge:
     """`reference.single` and plain causal attention, on the whole layer."""
     model = Model(config, np)
-    weights, x = layer_weights(model), tiles(config, model.grid)
+    weights, x = layer_weights(model), random_tiles(model, 6)
     output, saved = single.attention_forward(model, x, weights, 0)
-    whole = np.zeros((config.batch_size, config.seq_len, config.hidden_size), dtype=np.float64)
-    for slot, tile in x.items():
-        whole[:, model.grid.tokens(slot)] = tile
-    return Judge(model, weights, output, saved, plain_attention(config, whole, weights))
+    return Judge(model, weights, output, saved, plain_attention(config, in_order_of_text(model.grid, x), weights))
 
 
 def plain_attention(config: Config, x: Array, weights: Parameters) -> Array:
@@ -295,40 +288,39 @@ def show_bytes(lesson: Lesson, config: Config, grid: Grid, used: Array) -> None:
                  (weights[0], kv[0]) == (others, lesson.size * others))
 
 
-def show_output(lesson: Lesson, output: Tiles, notes: Notes, truth: Judge) -> None:
+def show_output(lesson: Lesson, grid: Grid, output: Array, notes: Notes, truth: Judge) -> None:
     """Bits and closeness."""
-    gap = max(relative_gap(tile, truth.plain[:, truth.model.grid.tokens(slot)]) for slot, tile in output.items())
+    gap = max(relative_gap(tile, truth.plain[:, grid.tokens(slot)]) for slot, tile in zip(grid.slots, output))
     lesson.say("Largest distance from plain causal attention in float64, relative to the largest value:")
     lesson.say_from_all(f"{gap:.1e}")
+    wanted = {block: keys_values_of(truth.model, truth.saved, range(block, block + 1)) for block in notes.keys_values}
     lesson.check("keys and values lay in the order of the text, every bit the single process's",
-                 all(kv.tobytes() == notes.keys_values[block].tobytes()
-                     for block, kv in truth.saved.keys_values.items()))
+                 all(same_bits(notes.keys_values[block], whole) for block, whole in wanted.items()))
     lesson.check("every bit of this rank's tokens equals the single process's",
-                 all(tile.tobytes() == truth.output[slot].tobytes() for slot, tile in output.items()))
+                 same_bits(output, truth.output[list(grid.slots)]))
     lesson.check(f"and plain causal attention agrees within {TOLERANCE:g}", gap < TOLERANCE)
 
 
-def own_heads_only(model: Model, truth: Judge) -> Tiles:
+def own_heads_only(model: Model, truth: Judge) -> Array:
     """What this rank's own heads alone add to its tokens: all that it could know if heads did not travel."""
-    grid, config = model.grid, model.config
-    sums = {slot: Tree[Array](grid.blocks) for slot in grid.slots}
+    grid, own = model.grid, list(model.grid.slots)
+    total = Tree[Array](grid.blocks)
     for block in grid.blocks:
-        _, wo = attention_views(config, truth.weights.attention[0][block])  # -> [H/G*e, h]
-        for slot in grid.slots:
-            sums[slot].add(block, out_forward(np, truth.saved.heads[block, slot], wo, config.tile_len))
-    return {slot: truth.saved.x[slot] + tree.total for slot, tree in sums.items()}
+        _, wo = attention_views(model.config, truth.weights.attention[0][block])  # -> [H/G*e, h]
+        total.add(block, out_forward(np, truth.saved.heads[block][own], wo, model.config.tile_len))
+    return truth.saved.x[own] + total.total
 
 
-def show_no_reduce(lesson: Lesson, model: Model, output: Tiles, notes: Notes, used: Array, truth: Judge) -> None:
-    """The last part: whose sum an output is."""
+def show_no_reduce(lesson: Lesson, model: Model, output: Array, notes: Notes, used: Array, truth: Judge) -> None:
+    """The last section: whose sum an output is."""
     lesson.part("Why nothing is summed over ranks")
     config, grid = model.config, model.grid
     lesson.say(f"An output token is a sum over all {config.blocks} blocks of heads. Tensor parallelism leaves heads "
-               "where\nthey are, so every rank has a part of every token's sum, and an all-reduce must add them up.\n"
+               "where\nthey are, so every rank has terms of every token's sum, and an all-reduce must add them up.\n"
                "Here all heads come to the token's owner, who then has every term. Terms that each rank computed,\n"
                "and how far its own heads alone would be from the output, relative to the largest value:")
     partial = own_heads_only(model, truth)
-    missing = max(relative_gap(partial[slot], tile) for slot, tile in output.items())
+    missing = max(relative_gap(mine, tile) for mine, tile in zip(partial, output))
     lesson.say_from_all(f"{min(notes.leaves.values())} of {config.blocks} terms for each of {len(grid.slots)} tiles; "
                         f"own heads alone: {missing:.2f}")
     mine = np.array([slot in grid.slots for slot in range(config.tiles)], dtype=np.int64)
@@ -341,12 +333,12 @@ def show_no_reduce(lesson: Lesson, model: Model, output: Tiles, notes: Notes, us
         lesson.check("own heads alone are not the output: off by more than 0.01", missing > 0.01)
     else:
         lesson.check("a single rank's own heads are all heads: its sum is the output, every bit",
-                     all(partial[slot].tobytes() == tile.tobytes() for slot, tile in output.items()))
+                     same_bits(partial, output))
 
 
-def measured_attention(lesson: Lesson, model: Model, notes: Notes) -> tuple[Tiles, Array]:
+def measured_attention(lesson: Lesson, model: Model, notes: Notes) -> tuple[Array, Array]:
     """The output, and what its messages were."""
-    x, weights = tiles(model.config, model.grid), layer_weights(model)
+    x, weights = random_tiles(model, 6), layer_weights(model)
     before = counts(lesson.comm)
     output = attention(lesson.comm, model, x, weights, notes)
     return output, counts(lesson.comm) - before
@@ -365,7 +357,7 @@ def main(lesson: Lesson) -> None:
         if config is FULL:
             show_steps(lesson, grid, notes, truth)
         show_bytes(lesson, config, grid, used)
-        show_output(lesson, output, notes, truth)
+        show_output(lesson, grid, output, notes, truth)
         volumes.append([used[0, 1, 1], sum(kv.nbytes for kv in notes.keys_values.values())])
     fewer = GROUPED.group_size
     lesson.check(f"g = {fewer}: keys and values, those sent and those at hand, are 1/{fewer} of those at g = 1",

@@ -28,9 +28,10 @@ from stage import Lesson, drawn_text, run, sums_in_order_of_arrival
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.virtual import VirtualWorld
+from tsp_ref.model import tilewise
 from tsp_ref.model.config import make_config
 from tsp_ref.process import threads
-from tsp_ref.schedules import collectives, tsp
+from tsp_ref.schedules import all_reduce, gradients, keys_values, tsp
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
@@ -64,7 +65,7 @@ def train(comm: Communicator, schedule: str) -> Outcome:
 
 
 def on_virtual_ranks(size: int, seed: int, schedule: str = "tsp") -> list[Outcome]:
-    """A run on virtual ranks inside this process, in an order of turns and deliveries drawn from the seed."""
+    """A run on virtual ranks inside this process, in an order of ranks and deliveries drawn from the seed."""
     return VirtualWorld(size, seed).run(lambda comm: train(comm, schedule))
 
 
@@ -100,7 +101,7 @@ def with_the_tree(lesson: Lesson, truth: Outcome, job: Outcome, runs: Runs) -> N
     lesson.part("With the tree")
     alone, firsts = lesson.rank == 0, {name(*run): outcomes[0] for run, outcomes in runs.items()}
     lesson.say(f"{CONFIG.num_parameters:,} parameters, {STEPS} steps. Virtual ranks live inside rank 0; the seed draws "
-               "the order\nof their turns and of their messages.")
+               "the order\nin which they run and their messages arrive.")
     lesson.say(table_of({"single process": truth, f"this job, N = {lesson.size}": job} | firsts, truth))
     lesson.check("this job's digest equals the single process's", not alone or job.digest == truth.digest)
     lesson.check(f"so do those of the {len(TREE_RUNS)} virtual runs above: 1, 2, 3 and 8 ranks under one seed each, 4 "
@@ -150,7 +151,7 @@ def main(lesson: Lesson) -> None:
     if lesson.rank == 0:
         truth = on_virtual_ranks(1, 0, "single")[0]
         tree_runs = {run: on_virtual_ranks(*run) for run in TREE_RUNS}
-        with sums_in_order_of_arrival(tsp, collectives):
+        with sums_in_order_of_arrival(tilewise, tsp, all_reduce, gradients, keys_values):
             arrival_runs = {run: on_virtual_ranks(*run) for run in ARRIVAL_RUNS}
     with_the_tree(lesson, truth, job, tree_runs)
     without_the_tree(lesson, truth, arrival_runs)

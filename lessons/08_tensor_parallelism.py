@@ -12,8 +12,8 @@ what tensor parallelism divides by N and what it does not.
 exchange and a gather, the fixed order of its sums and the count of its bytes are this project's.)
 
 Look at: what the elementwise product would need if the first cut were by rows; the bytes that a rank sends, which more
-ranks do not make fewer; the digests of the same part on other numbers of ranks, with and without a fixed order of its
-sums; and the last table, where one column is the same on every rank, for any N.
+ranks do not make fewer; the digests of the same sub-layer on other numbers of ranks, with and without a fixed order of
+its sums; and the last table, where one column is the same on every rank, for any N.
 
 Try it: with 4 ranks, let rank 0 sum up everything: in `summed_by`, write `{slot: 0 for slot in range(CONFIG.tiles)}`.
 All bits stay what they are, and all ranks together send as many bytes as before. But rank 0 sends three times as many
@@ -37,16 +37,18 @@ from stage import (
     Lesson,
     all_reduce_sends,
     dealt,
+    in_order_of_text,
     kept_bytes,
     names,
     random_tiles,
     random_weights,
     relative_gap,
     run,
+    same_bits,
     subtrees,
 )
 
-from tsp_ref.arrays import Array, Tiles
+from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.request import Request
@@ -57,8 +59,8 @@ from tsp_ref.model.activations import AttentionSaved, MlpSaved
 from tsp_ref.model.config import make_config
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, mlp_views, zero_parameters
-from tsp_ref.model.tilewise import add_residual, normalise, totals
 from tsp_ref.ops.mlp import sigmoid
+from tsp_ref.ops.norm import rmsnorm_forward
 from tsp_ref.process import threads
 from tsp_ref.reference import naive, single
 from tsp_ref.schedules import tp
@@ -83,11 +85,11 @@ class Tag(IntEnum):
 
 @dataclass
 class Layer:
-    """A whole layer, forward and backward, as one rank computed it: for its slots, of its blocks."""
+    """A whole layer, forward and backward, as one rank computed it: for all tiles, of its blocks."""
 
-    middle: Tiles
-    output: Tiles
-    dx: Tiles
+    middle: Array  # [T, B, s, h], as are the next two
+    output: Array
+    dx: Array
     gradients: Parameters
     attention: AttentionSaved
     mlp: MlpSaved
@@ -110,7 +112,7 @@ def whole_layer(module: ModuleType, ranks: tuple[Communicator, ...], model: Mode
     random gradients of its output."""
     call = {f"{part}_{way}": partial(getattr(module, f"{part}_{way}"), *ranks, model) for part, way in PHASES}
     x, dy, gradients = random_tiles(model, 1), random_tiles(model, 2), zero_parameters(model, "gradients")
-    dgain = {slot: model.empty("working", *weights.gains.shape) for slot in model.grid.slots}
+    dgain = model.empty("working", CONFIG.tiles, *weights.gains.shape)
     middle, attention = call["attention_forward"](x, weights, 0)
     output, mlp = call["mlp_forward"](middle, weights, 0)
     dmiddle = call["mlp_backward"](dy, mlp, weights, 0, gradients, dgain)
@@ -122,49 +124,48 @@ def judge() -> Judge:
     """`reference.single` and `reference.naive` on the whole layer."""
     model = Model(CONFIG, np)
     weights = random_weights(model, np.random.default_rng(SEED))
-    whole = np.empty((CONFIG.batch_size, CONFIG.seq_len, CONFIG.hidden_size), dtype=np.float64)
-    for slot, tile in random_tiles(model, 1).items():
-        whole[:, model.grid.tokens(slot)] = tile
+    whole = in_order_of_text(model.grid, random_tiles(model, 1))
     layer = naive.assemble(CONFIG, weights)["layers"][0]
     matrices = {name: matrix.astype(np.float64) for name, matrix in layer.items()}
     plain, textbook = naive.layer_forward(CONFIG, matrices, weights.gains[:2].astype(np.float64), whole)
     return Judge(model, weights, whole_layer(single, (), model, weights), matrices, textbook, plain)
 
 
-# The MLP part.
+# The MLP sub-layer.
 
 
 @dataclass
 class Notes:
-    """What the lesson writes down while the part runs, by (block, slot); the part itself never reads it."""
+    """What the lesson writes down while the sub-layer runs, by block; the sub-layer itself never reads it."""
 
-    projected: dict[tuple[int, int], Array] = field(default_factory=dict)  # x gate and x up, [B*s, 2f/G]
-    hidden: dict[tuple[int, int], Array] = field(default_factory=dict)  # [B*s, f/G]
+    projected: dict[int, Array] = field(default_factory=dict)  # x gate and x up, [T, B*s, 2f/G]
+    hidden: dict[int, Array] = field(default_factory=dict)  # [T, B*s, f/G]
 
 
-def terms(model: Model, x: Tiles, weights: Parameters, notes: Notes) -> Iterator[tuple[int, int, Array]]:
-    """What this rank's blocks add to the output, without a message: (block, slot, [B, s, h])."""
-    normed = normalise(model, x, weights.gains[1])
+def terms(model: Model, x: Array, weights: Parameters, notes: Notes) -> Iterator[tuple[int, Array]]:
+    """What this rank's blocks add to the output, without a message: (block, [T, B, s, h])."""
+    normed = rmsnorm_forward(np, x, weights.gains[1], CONFIG.norm_eps)
+    rows = normed.reshape(CONFIG.tiles, -1, CONFIG.hidden_size)  # [T, B, s, h] -> [T, B*s, h]
     for block, packed in zip(model.grid.blocks, weights.mlp[0]):
         gate_up, down = mlp_views(CONFIG, packed)  # -> [h, 2*f/G], [f/G, h]
-        for slot in model.grid.slots:
-            # Columns: all of a token's numbers meet all of a column's, so each entry is whole.
-            projected = normed[slot].reshape(-1, CONFIG.hidden_size) @ gate_up  # [B*s, h] -> [B*s, 2*f/G]
-            gate, up = np.split(projected, 2, axis=1)  # -> [B*s, f/G], [B*s, f/G]
-            # Entry by entry, and gate's columns lie where up's lie: nothing is needed from another rank.
-            hidden = gate * sigmoid(np, gate) * up  # [B*s, f/G]
-            # Rows, those that meet these columns: each entry is a term of a sum over all blocks.
-            y = hidden @ down  # [B*s, f/G] -> [B*s, h]
-            notes.projected[block, slot], notes.hidden[block, slot] = projected, hidden
-            yield block, slot, y.reshape(x[slot].shape)
+        # Columns: all of a token's numbers meet all of a column's, so each entry is whole.
+        projected = rows @ gate_up  # [T, B*s, h] -> [T, B*s, 2*f/G]
+        gate, up = np.split(projected, 2, axis=-1)  # -> [T, B*s, f/G], [T, B*s, f/G]
+        # Entry by entry, and gate's columns lie where up's lie: nothing is needed from another rank.
+        hidden = gate * sigmoid(np, gate) * up  # [T, B*s, f/G]
+        # Rows, those that meet these columns: each entry is a term of a sum over all blocks.
+        y = hidden @ down  # [T, B*s, f/G] -> [T, B*s, h]
+        notes.projected[block], notes.hidden[block] = projected, hidden
+        yield block, y.reshape(x.shape)
 
 
-def mlp_part(comm: Communicator, model: Model, x: Tiles, weights: Parameters, notes: Notes) -> Tiles:
-    """x plus the MLP of the normalised x, for all tokens, on every rank."""
-    sums = {slot: Tree[Array](range(CONFIG.blocks)) for slot in model.grid.slots}
-    for block, slot, y in terms(model, x, weights, notes):
-        sums[slot].add(block, y)
-    return add_residual(model, x, all_reduce(comm, model.grid, sums))
+def mlp(comm: Communicator, model: Model, x: Array, weights: Parameters, notes: Notes) -> Array:
+    """x plus the MLP of the normed x [T, B, s, h], for all tokens, on every rank."""
+    sums = [Tree[Array](range(CONFIG.blocks)) for _ in model.grid.slots]
+    for block, y in terms(model, x, weights, notes):
+        for tree, tile in zip(sums, y):
+            tree.add(block, tile)
+    return x + all_reduce(comm, model.grid, sums)
 
 
 # The all-reduce: every sum is made on one rank, and then it is everybody's.
@@ -172,48 +173,50 @@ def mlp_part(comm: Communicator, model: Model, x: Tiles, weights: Parameters, no
 
 def summed_by(size: int) -> dict[int, int]:
     """slot -> the rank that sums up this slot's tile for all."""
-    return {slot: rank for rank in range(size) for slot in share(CONFIG.tiles, rank, size)}
+    return {slot: slot % size for slot in range(CONFIG.tiles)}
 
 
-def all_reduce(comm: Communicator, grid: Grid, sums: dict[int, Tree[Array]]) -> Tiles:
-    """sums: slot -> a tree over all blocks, with the terms of this rank's. Returns slot -> the sum, on every rank."""
+def all_reduce(comm: Communicator, grid: Grid, sums: list[Tree[Array]]) -> Array:
+    """sums: for each slot a tree over all blocks, with the terms of this rank's. Returns the sums [T, B, s, h]."""
     return gather(comm, reduce(comm, grid, sums))
 
 
 @dataclass
 class Arrival:
-    """A piece on its way here: the tree that it belongs in, and the node that it is there."""
+    """A piece in flight to this rank: the tree that it belongs in, and the node that it is there."""
 
     request: Request
     tree: Tree[Array]
     node: tuple[int, int]
 
 
-def reduce(comm: Communicator, grid: Grid, sums: dict[int, Tree[Array]]) -> Tiles:
+def reduce(comm: Communicator, grid: Grid, sums: list[Tree[Array]]) -> dict[int, Array]:
     """Send each slot's pieces to the rank that sums it. Returns slot -> the sum, of the slots that this rank sums."""
     leaves, by = tuple(range(CONFIG.blocks)), summed_by(comm.size)
     mine = [slot for slot, rank in by.items() if rank == comm.rank]
     # Which pieces will come from a rank follows from the blocks that it holds: the subtrees that they fill.
-    coming = [
+    arrivals = [
         Arrival(comm.Irecv(tile_sized(), peer, Tag.PIECES), sums[slot], node)
         for slot in mine
         for peer in comm.others
         for node in cover(leaves, tuple(grid.blocks_of(peer)))
     ]
-    leaving = [comm.Isend(piece, rank, Tag.PIECES)
-               for slot, rank in by.items() if rank != comm.rank for _, piece in sums[slot].pieces()]
-    while coming:
+    sends = [comm.Isend(piece, rank, Tag.PIECES)
+             for slot, rank in by.items() if rank != comm.rank for _, piece in sums[slot].pieces()]
+    while arrivals:
         # In whichever order they come: the tree decides in which order they are added.
-        arrival = coming.pop(comm.Waitany([arrival.request for arrival in coming]))
+        arrival = arrivals.pop(comm.Waitany([arrival.request for arrival in arrivals]))
         level, index = arrival.node
         arrival.tree.add(index, arrival.request.array, level)
-    comm.Waitall(leaving)
-    return totals({slot: sums[slot] for slot in mine})
+    comm.Waitall(sends)
+    return {slot: sums[slot].total for slot in mine}
 
 
-def gather(comm: Communicator, own: Tiles) -> Tiles:
-    """own: the sums that this rank has made. Every rank sends its own to all: slot -> the sum, of all slots."""
-    output = {slot: own[slot] if rank == comm.rank else tile_sized() for slot, rank in summed_by(comm.size).items()}
+def gather(comm: Communicator, own: dict[int, Array]) -> Array:
+    """own: the sums that this rank has made, by slot. Every rank sends its own to all: the sums of all [T, B, s, h]."""
+    output = np.empty((CONFIG.tiles, *tile_sized().shape), dtype=CONFIG.dtype)
+    for slot, total in own.items():
+        output[slot] = total
     requests = [comm.Irecv(output[slot], rank, Tag.TOTALS)
                 for slot, rank in summed_by(comm.size).items() if rank != comm.rank]
     requests += [comm.Isend(total, peer, Tag.TOTALS) for total in own.values() for peer in comm.others]
@@ -229,43 +232,41 @@ def tile_sized() -> Array:
 # The same without a tree.
 
 
-def mlp_part_as_it_comes(comm: Communicator, model: Model, x: Tiles, weights: Parameters, notes: Notes) -> Tiles:
-    """The MLP part, with an all-reduce that adds up what it gets as it gets it."""
-    sums: Tiles = {}
-    for _, slot, y in terms(model, x, weights, notes):
-        sums[slot] = sums[slot] + y if slot in sums else y
-    return add_residual(model, x, gather(comm, reduce_as_it_comes(comm, sums)))
+def mlp_as_it_comes(comm: Communicator, model: Model, x: Array, weights: Parameters, notes: Notes) -> Array:
+    """The MLP, with an all-reduce that adds up what it gets as it gets it."""
+    sums: Array = sum(y for _, y in terms(model, x, weights, notes))  # type: ignore[assignment]
+    return x + gather(comm, reduce_as_it_comes(comm, sums))
 
 
-def reduce_as_it_comes(comm: Communicator, sums: Tiles) -> Tiles:
+def reduce_as_it_comes(comm: Communicator, sums: Array) -> dict[int, Array]:
     """`reduce`, but each rank's blocks are one sum, to which the others' are added in order of arrival."""
     by = summed_by(comm.size)
-    coming = [(slot, comm.Irecv(tile_sized(), peer, Tag.PIECES))
-              for slot, rank in by.items() if rank == comm.rank for peer in comm.others]
-    leaving = [comm.Isend(sums[slot], rank, Tag.PIECES) for slot, rank in by.items() if rank != comm.rank]
+    arrivals = [(slot, comm.Irecv(tile_sized(), peer, Tag.PIECES))
+                for slot, rank in by.items() if rank == comm.rank for peer in comm.others]
+    sends = [comm.Isend(sums[slot], rank, Tag.PIECES) for slot, rank in by.items() if rank != comm.rank]
     own = {slot: sums[slot] for slot, rank in by.items() if rank == comm.rank}
-    while coming:
-        slot, request = coming.pop(comm.Waitany([request for _, request in coming]))
+    while arrivals:
+        slot, request = arrivals.pop(comm.Waitany([request for _, request in arrivals]))
         own[slot] = own[slot] + request.array
-    comm.Waitall(leaving)
+    comm.Waitall(sends)
     return own
 
 
-Part: TypeAlias = Callable[[Communicator, Model, Tiles, Parameters, Notes], Tiles]
+SubLayer: TypeAlias = Callable[[Communicator, Model, Array, Parameters, Notes], Array]
 
 
-def on_virtual_ranks(part: Part, truth: Judge, size: int, seed: int) -> set[str]:
-    """The digests of a part's output that the ranks of a run inside this process hold: one, if all agree."""
+def on_virtual_ranks(sub_layer: SubLayer, truth: Judge, size: int, seed: int) -> set[str]:
+    """The digests of a sub-layer's output that the ranks of a run inside this process hold: one, if all agree."""
     def main(comm: Communicator) -> str:
         model = Model(CONFIG, np, *tp.place(comm))
-        return digest(part(comm, model, truth.layer.middle, dealt(model, truth.weights), Notes()))
+        return digest(sub_layer(comm, model, truth.layer.middle, dealt(model, truth.weights), Notes()))
 
     return set(VirtualWorld(size, seed).run(main))
 
 
-def digest(tiles: Tiles) -> str:
+def digest(tiles: Array) -> str:
     """The first letters of a hash of all bits, in the order of the slots."""
-    return hashlib.sha256(b"".join(tiles[slot].tobytes() for slot in sorted(tiles))).hexdigest()[:12]
+    return hashlib.sha256(tiles.tobytes()).hexdigest()[:12]
 
 
 # The lesson.
@@ -275,7 +276,7 @@ def show_owners(lesson: Lesson, grid: Grid) -> None:
     """The blocks of each rank."""
     lesson.part("Who holds what")
     width = CONFIG.ffn_size // CONFIG.blocks
-    lesson.say(f"An MLP part, h={CONFIG.hidden_size} and f={CONFIG.ffn_size}, in G={CONFIG.blocks} blocks: each has "
+    lesson.say(f"An MLP, h={CONFIG.hidden_size} and f={CONFIG.ffn_size}, in G={CONFIG.blocks} blocks: each has "
                f"{width} columns of gate, the same {width} of up, and the {width} rows of\ndown that they meet. "
                f"{CONFIG.batch_size} sequences of {CONFIG.seq_len} tokens, in T={CONFIG.tiles} tiles.")
     columns = range(grid.blocks.start * width, grid.blocks.stop * width)
@@ -290,9 +291,8 @@ def show_columns_first(lesson: Lesson, grid: Grid, notes: Notes, truth: Judge) -
     """Why by columns and then by rows."""
     lesson.part("Columns, then rows")
     lesson.say("A rank with some columns of gate and up has whole entries of x gate and x up, and can multiply them:")
-    mine = [(block, slot) for block in grid.blocks for slot in grid.slots]
     lesson.check("x gate and x up of this rank's columns have the single process's bits; no message was needed",
-                 all(notes.projected[key].tobytes() == truth.layer.mlp.projected[key].tobytes() for key in mine))
+                 all(same_bits(notes.projected[block], truth.layer.mlp.projected[block]) for block in grid.blocks))
     late, early, columns = summed_otherwise(lesson, truth)
     lesson.say("With some rows of gate and up, and as many columns of x, it would have a term of each entry.\n"
                f"In float64: multiplied first and summed after, terms are off from silu(x gate) * (x up) by {late:.2f} "
@@ -337,7 +337,7 @@ def show_all_reduce(lesson: Lesson, grid: Grid) -> None:
     lesson.say_from_all(f"blocks {names(grid.blocks)} fill {pieces} subtree{'s' * (pieces > 1)}; sums slots "
                         f"{names(own) or 'none'}; sent {to_sum:,} bytes of pieces, {to_all:,} of totals")
     lesson.check("sent, where a rank sums t tiles: T-t tiles, once for each of its subtrees, and t tiles to N-1 ranks",
-                 to_sum + to_all == all_reduce_sends(CONFIG.tiles, pieces, lesson.rank, lesson.size) * TILE_BYTES)
+                 to_sum + to_all == all_reduce_sends(CONFIG.tiles, pieces, lesson.rank, lesson.size, True) * TILE_BYTES)
     formula = 2 * (lesson.size - 1) * NUMBERS * ITEM_BYTES / lesson.size
     if CONFIG.blocks % lesson.size == 0:
         lesson.check(f"that is 2(N-1)/N times B*S*h numbers, {formula:,.0f} bytes, what a ring all-reduce sends, too",
@@ -349,7 +349,7 @@ def show_all_reduce(lesson: Lesson, grid: Grid) -> None:
                    "tiles than another.")
 
 
-def show_output(lesson: Lesson, grid: Grid, output: Tiles, notes: Notes, truth: Judge) -> None:
+def show_output(lesson: Lesson, grid: Grid, output: Array, notes: Notes, truth: Judge) -> None:
     """Bits and closeness, and how much of it is this rank's own."""
     lesson.part("The output")
     own = own_terms_only(grid, notes, truth)
@@ -362,31 +362,30 @@ def show_output(lesson: Lesson, grid: Grid, output: Tiles, notes: Notes, truth: 
     else:
         lesson.check(f"a single rank's own terms are all terms: the output, within {TOLERANCE:g}", missing < TOLERANCE)
     lesson.check("every bit of every token equals the single process's",
-                 all(tile.tobytes() == truth.layer.output[slot].tobytes() for slot, tile in output.items()))
-    gap = max(relative_gap(tile, truth.plain[:, grid.tokens(slot)]) for slot, tile in output.items())
+                 same_bits(output, truth.layer.output))
+    gap = max(relative_gap(tile, truth.plain[:, grid.tokens(slot)]) for slot, tile in enumerate(output))
     lesson.check(f"and the textbook's layer in float64 agrees within {TOLERANCE:g}", gap < TOLERANCE)
 
 
-def own_terms_only(grid: Grid, notes: Notes, truth: Judge) -> Tiles:
-    """x plus what this rank's own blocks add to it."""
-    sums = {slot: tile.copy() for slot, tile in truth.layer.middle.items()}
+def own_terms_only(grid: Grid, notes: Notes, truth: Judge) -> Array:
+    """x plus what this rank's own blocks add to it [T, B, s, h]."""
+    total = truth.layer.middle.copy()
     for block in grid.blocks:
         _, down = mlp_views(CONFIG, truth.weights.mlp[0][block])  # -> [h, 2*f/G], [f/G, h]
-        for slot, total in sums.items():
-            total += (notes.hidden[block, slot] @ down).reshape(total.shape)
-    return sums
+        total += (notes.hidden[block] @ down).reshape(total.shape)
+    return total
 
 
-def show_order(lesson: Lesson, as_it_came: Tiles, truth: Judge) -> None:
+def show_order(lesson: Lesson, as_it_came: Array, truth: Judge) -> None:
     """The same all-reduce, whose sums are made in order of arrival."""
     lesson.part("In order of arrival")
-    gap = max(relative_gap(tile, truth.layer.output[slot]) for slot, tile in as_it_came.items())
+    gap = max(relative_gap(tile, wanted) for tile, wanted in zip(as_it_came, truth.layer.output))
     mine, wanted = digest(as_it_came), digest(truth.layer.output)
-    lesson.say("Now the same part without a tree: each rank adds up its blocks one by one, and the rank that sums a\n"
+    lesson.say("Now the same without a tree: each rank adds up its blocks one by one, and the rank that sums a\n"
                "tile adds the others' to it as they come. This job, and the same on virtual ranks inside rank 0:")
     alone = lesson.rank == 0
-    trees = {key: on_virtual_ranks(mlp_part, truth, *key) for key in VIRTUAL_RUNS} if alone else {}
-    others = {key: on_virtual_ranks(mlp_part_as_it_comes, truth, *key) for key in VIRTUAL_RUNS} if alone else {}
+    trees = {key: on_virtual_ranks(mlp, truth, *key) for key in VIRTUAL_RUNS} if alone else {}
+    others = {key: on_virtual_ranks(mlp_as_it_comes, truth, *key) for key in VIRTUAL_RUNS} if alone else {}
     lesson.say(digests_table(lesson.size, mine, wanted, trees, others))
     lesson.say("All ranks of a run agree, as a total is one rank's work. Another run may have another total.")
     same = all_gather(lesson.comm, np.frombuffer(mine.encode(), dtype=np.uint8))
@@ -420,12 +419,12 @@ def show_layer(lesson: Lesson, layer: Layer, grid: Grid, truth: Judge) -> None:
     """What a whole layer sends, counted on the project's own schedule."""
     lesson.part("A layer, forward and backward")
     lesson.say("`tsp_ref.schedules.tp` does so for attention too, cut by heads: wq, wk, wv by columns, wo by rows. In\n"
-               "the backward the gradient of a part's input is again a sum over blocks, so there is an all-reduce\n"
-               "for each part; gradients of weights are whole where the weights are. Bytes sent, by part and way:")
+               "the backward the gradient of a sub-layer's input is again a sum over blocks, so there is an\n"
+               "all-reduce for each; gradients of weights are whole where the weights are. Bytes sent:")
     ledger = lesson.comm.ledger
-    mine = [ledger.sums("send", part=part, direction=way)[1] for part, way in PHASES]
+    mine = [ledger.sums("send", sublayer=part, direction=way)[1] for part, way in PHASES]
     lesson.say(bytes_table(all_gather(lesson.comm, np.array(mine, dtype=np.int64))))
-    once = all_reduce_sends(CONFIG.tiles, subtrees(grid.blocks), lesson.rank, lesson.size) * TILE_BYTES
+    once = all_reduce_sends(CONFIG.tiles, subtrees(grid.blocks), lesson.rank, lesson.size, True) * TILE_BYTES
     lesson.check("each of the four is one all-reduce, of as many bytes as the one above: 2 forward, 2 backward",
                  mine == [once] * len(PHASES))
     if CONFIG.blocks % lesson.size == 0:
@@ -435,15 +434,14 @@ def show_layer(lesson: Lesson, layer: Layer, grid: Grid, truth: Judge) -> None:
     lesson.check("and sends nothing else", tags <= {"ATTENTION_SUMS", "MLP_SUMS"})
     blocks = slice(grid.blocks.start, grid.blocks.stop)
     lesson.check("output and dx have the single process's bits, for all tokens",
-                 all(found[slot].tobytes() == wanted[slot].tobytes() for found, wanted in (
-                     (layer.output, truth.layer.output), (layer.dx, truth.layer.dx)) for slot in range(CONFIG.tiles)))
+                 same_bits(layer.output, truth.layer.output) and same_bits(layer.dx, truth.layer.dx))
     lesson.check("so have the gradients of this rank's weights, for which nothing was sent",
-                 all(own.tobytes() == whole[blocks].tobytes() for (_, own), (_, whole) in zip(
+                 all(same_bits(own, whole[blocks]) for (_, own), (_, whole) in zip(
                      layer.gradients.tensors(), truth.layer.gradients.tensors())))
 
 
 def bytes_table(rows: list[Array]) -> Table:
-    """A row per rank: what it sent in each part and way, and their sum."""
+    """A row per rank: what it sent in each sub-layer and way, and their sum."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("rank")
     for heading in (*(f"{part} {way}" for part, way in PHASES), "layer"):
@@ -454,31 +452,32 @@ def bytes_table(rows: list[Array]) -> Table:
 
 
 def holdings(weights: Parameters, layer: Layer) -> list[int]:
-    """Bytes of a layer's weights, of their gradients, of the parts' inputs, and of what is kept by blocks."""
+    """Bytes of a layer's weights, of their gradients, of the sub-layers' inputs, and of what is kept by blocks."""
     both = [held.attention[0].nbytes + held.mlp[0].nbytes for held in (weights, layer.gradients)]
     return [*both, *kept_bytes(layer.attention, layer.mlp)]
 
 
-def show_holdings(lesson: Lesson, weights: Parameters, layer: Layer, books: int, truth: Judge) -> None:
+def show_holdings(lesson: Lesson, weights: Parameters, layer: Layer, accounts: int, truth: Judge) -> None:
     """What tensor parallelism divides by N, and what not."""
     lesson.part("What a rank keeps")
     mine, alone = holdings(weights, layer), holdings(truth.weights, truth.layer)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("rank", "weights", "their gradients", "kept by blocks", "inputs of the parts"):
+    for heading in ("rank", "weights", "their gradients", "kept by blocks", "inputs of sub-layers"):
         table.add_column(heading, justify="right", no_wrap=True)
     rows = [row.tolist() for row in all_gather(lesson.comm, np.array(mine, dtype=np.int64))]
     for name, (held, gradients, inputs, kept) in [*enumerate(rows), ("alone", alone)]:
         table.add_row(str(name), *(f"{count:,}" for count in (held, gradients, kept, inputs)))
     lesson.say(table)
     lesson.say("Bytes of one layer. Kept by blocks, for the backward: queries, keys, values, heads, x gate and x up.\n"
-               "The parts' inputs are of all tokens on every rank, and so are the norms and their gradients, which\n"
-               "each rank computes for itself: that is what is replicated here, and more ranks do not make it less.")
+               "The sub-layers' inputs are of all tokens on every rank, and so are the norms and their gradients,\n"
+               "which each rank computes for itself: that is what is replicated, and more ranks do not make it less.")
     blocks = len(layer.gradients.mlp[0])
     lesson.check("weights, gradients and what is kept by blocks: the single process's, times blocks held / G",
                  all(mine[i] * CONFIG.blocks == alone[i] * blocks for i in (0, 1, 3)))
-    lesson.check("inputs of the parts: the single process's, whole", mine[2] == alone[2] == 2 * NUMBERS * ITEM_BYTES)
-    lesson.check("the program's own books hold no more: what is kept by blocks, the MLP's input, the output",
-                 books == mine[3] + 2 * NUMBERS * ITEM_BYTES)
+    lesson.check("inputs of the sub-layers: the single process's, whole",
+                 mine[2] == alone[2] == 2 * NUMBERS * ITEM_BYTES)
+    lesson.check("the program's own accounts hold no more: what is kept by blocks, the MLP's input, the output",
+                 accounts == mine[3] + 2 * NUMBERS * ITEM_BYTES)
 
 
 def main(lesson: Lesson) -> None:
@@ -489,11 +488,11 @@ def main(lesson: Lesson) -> None:
     model = Model(CONFIG, np, *tp.place(lesson.comm))
     weights, x = dealt(model, truth.weights), truth.layer.middle
     show_owners(lesson, model.grid)
-    output = mlp_part(lesson.comm, model, x, weights, notes)
+    output = mlp(lesson.comm, model, x, weights, notes)
     show_columns_first(lesson, model.grid, notes, truth)
     show_all_reduce(lesson, model.grid)
     show_output(lesson, model.grid, output, notes, truth)
-    show_order(lesson, mlp_part_as_it_comes(lesson.comm, model, x, weights, Notes()), truth)
+    show_order(lesson, mlp_as_it_comes(lesson.comm, model, x, weights, Notes()), truth)
     fresh = Model(CONFIG, np, *tp.place(lesson.comm))
     layer = whole_layer(tp, (lesson.comm,), fresh, weights)
     show_layer(lesson, layer, fresh.grid, truth)

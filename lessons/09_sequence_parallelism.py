@@ -16,7 +16,7 @@ Look at: the efficiency of both layouts for each N; the messages of an attention
 nothing else; how the weights of the ranks part when no gradient is summed; and the digests at the end.
 
 Try it: with 4 ranks, in `descend`, let each rank take its tokens for all tokens: in place of `all_reduce(...)`, write
-`[comm.size * own_part(tree) for tree in trees]`. The second row of the table then shows the ranks part as well, and the
+`[comm.size * own_term(tree) for tree in trees]`. The second row of the table then shows the ranks part as well, and the
 check that every rank's copy has the single process's bits fails; so do both checks of what that sum sends.
 """
 
@@ -35,15 +35,17 @@ from stage import (
     all_reduce_sends,
     dealt,
     drawn_text,
+    in_order_of_text,
     names,
     random_tiles,
     random_weights,
     relative_gap,
     run,
+    same_bits,
     subtrees,
 )
 
-from tsp_ref.arrays import Array, Tiles
+from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.request import Request
@@ -53,9 +55,9 @@ from tsp_ref.grid.tree import Tree, cover
 from tsp_ref.model.config import make_config
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, attention_views, mlp_views, zero_parameters
-from tsp_ref.model.tilewise import add_residual, normalise, totals
 from tsp_ref.ops.attention import attend_forward, out_forward, qkv_forward
 from tsp_ref.ops.mlp import swiglu_backward
+from tsp_ref.ops.norm import rmsnorm_forward
 from tsp_ref.process import threads
 from tsp_ref.reference import naive, single
 from tsp_ref.schedules import sp
@@ -105,60 +107,56 @@ class Judge:
     """One process that owns everything, on every rank; and the textbook on whole arrays in float64."""
 
     weights: Parameters
-    output: Tiles
+    output: Array  # [T, B, s, h]
     plain: Array  # [B, S, h], x plus attention
     descent: list[Array]  # an MLP's weights after each step, [G, size of a packed block]
 
 
 def judge() -> Judge:
-    """`reference.single` and `reference.naive`: an attention part, and some steps of an MLP part."""
+    """`reference.single` and `reference.naive`: an attention, and some steps of an MLP."""
     model = Model(CONFIG, np)
     weights, x = random_weights(model, np.random.default_rng(SEED)), random_tiles(model, 1)
     output, _ = single.attention_forward(model, x, weights, 0)
-    whole = np.empty((CONFIG.batch_size, CONFIG.seq_len, CONFIG.hidden_size), dtype=np.float64)
-    for slot, tile in x.items():
-        whole[:, model.grid.tokens(slot)] = tile
     layer = naive.assemble(CONFIG, weights)["layers"][0]
     matrices = {name: matrix.astype(np.float64) for name, matrix in layer.items()}
-    _, textbook = naive.layer_forward(CONFIG, matrices, weights.gains[:2].astype(np.float64), whole)
+    _, textbook = naive.layer_forward(CONFIG, matrices, weights.gains[:2].astype(np.float64),
+                                      in_order_of_text(model.grid, x))
     return Judge(weights, output, textbook["middle"], descend_alone(model, dealt(model, weights)))
 
 
-def attention(comm: Communicator, model: Model, x: Tiles, weights: Parameters) -> tuple[Tiles, int]:
-    """x plus the attention of the normalised x, for this rank's slots; and the operations of its products of queries
-    with keys and of weights with values, counted as they are made."""
+def attention(comm: Communicator, model: Model, x: Array, weights: Parameters) -> tuple[Array, int]:
+    """x plus the attention of the normed x [p, B, s, h], for this rank's tiles; and the operations of its products of
+    queries with keys and of weights with values, counted as they are made."""
     grid, operations = model.grid, 0
-    normed = normalise(model, x, weights.gains[0])
-    output = {slot: Tree[Array](range(CONFIG.blocks)) for slot in grid.slots}
+    visible = [grid.visible(slot) for slot in grid.slots]  # how many keys each tile sees
+    normed = rmsnorm_forward(model.xp, x, weights.gains[0], CONFIG.norm_eps)
+    output = Tree[Array](range(CONFIG.blocks))
     for block, packed in zip(grid.blocks, weights.attention[0]):
         wqkv, wo = attention_views(CONFIG, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-        queries, own = project(model, normed, wqkv)
+        q, own = project(model, normed, wqkv)
         # One block's heads at a time, so that no rank ever has the whole sequence of more than these.
         whole = exchange(comm, model, own)
-        for slot, q in queries.items():
-            k, v = whole[:, :, :, : grid.visible(slot)]  # -> [B, K/G, n, e], [B, K/G, n, e]
-            before = model.work.total
-            heads, _ = attend_forward(model.xp, q, k, v, model.mask)  # -> [B, K/G, g*s, e], [B, K/G, g*s, 1]
-            operations += model.work.total - before
-            output[slot].add(block, out_forward(model.xp, heads, wo, CONFIG.tile_len))
-    return add_residual(model, x, totals(output)), operations
+        heads, logsumexp = model.xp.empty_like(q), model.xp.empty_like(q[..., :1])
+        before = model.work.total
+        attend_forward(model.xp, q, whole, visible, model.mask, out=(heads, logsumexp))
+        operations += model.work.total - before
+        output.add(block, out_forward(model.xp, heads, wo, CONFIG.tile_len))
+    return x + output.total, operations
 
 
-def project(model: Model, normed: Tiles, wqkv: Array) -> tuple[Tiles, Array]:
-    """A block's heads for this rank's tokens: queries by slot; keys and values [slots, 2, B, K/G, s, e]."""
-    queries: Tiles = {}
-    own = model.empty("buffers", len(model.grid.slots), 2, CONFIG.batch_size, CONFIG.kv_heads_per_block,
-                      CONFIG.tile_len, CONFIG.head_dim)
-    for number, slot in enumerate(model.grid.slots):
-        queries[slot], own[number, 0], own[number, 1] = qkv_forward(
-            model.xp, normed[slot], wqkv, model.rotary[slot], CONFIG.group_size)
-    return queries, own
+def project(model: Model, normed: Array, wqkv: Array) -> tuple[Array, Array]:
+    """A block's heads for this rank's tiles: queries [p, B, K/G, g*s, e]; keys and values [p, 2, B, K/G, s, e]."""
+    count, heads = len(normed), (CONFIG.batch_size, CONFIG.kv_heads_per_block)
+    q = model.empty("working", count, *heads, CONFIG.group_size * CONFIG.tile_len, CONFIG.head_dim)
+    own = model.empty("buffers", count, 2, *heads, CONFIG.tile_len, CONFIG.head_dim)
+    qkv_forward(model.xp, normed, wqkv, model.rotary, out=(q, own))
+    return q, own
 
 
 def exchange(comm: Communicator, model: Model, own: Array) -> Array:
     """Every rank's keys and values to every rank, into the order of the text.
 
-    own [slots, 2, B, K/G, s, e] -> [2, B, K/G, S, e].
+    own [p, 2, B, K/G, s, e] -> [2, B, K/G, S, e].
     """
     parts = {peer: model.empty("buffers", len(model.grid.slots_of(peer)), *own.shape[1:]) for peer in comm.others}
     requests = [comm.Irecv(part, peer, Tag.EXCHANGE) for peer, part in parts.items()]
@@ -175,44 +173,42 @@ def exchange(comm: Communicator, model: Model, own: Array) -> Array:
 # Gradients of weights, from this rank's tokens.
 
 
-def dy_of(y: Tiles, model: Model) -> Tiles:
-    """The gradient of half the squared distance from random targets."""
-    return {slot: y[slot] - target for slot, target in random_tiles(model, 2).items()}
+def dy_of(y: Array, model: Model) -> Array:
+    """The gradient of half the squared distance from random targets [p, B, s, h]."""
+    return y - random_tiles(model, 2)
 
 
 def descend(comm: Communicator, model: Model, weights: Parameters, summed: bool) -> list[Array]:
-    """An MLP part takes some steps towards its targets. Returns this rank's copy of its weights after each step.
+    """An MLP takes some steps towards its targets. Returns this rank's copy of its weights after each step.
 
-    summed  over the ranks; if not, each rank steps along its own tokens' part of the gradient
+    summed  over the ranks; if not, each rank steps along its own tokens' term of the gradient
     """
     x, states = random_tiles(model, 1), []
     for _ in range(STEPS):
         y, saved = single.mlp_forward(model, x, weights, 0)  # all weights are here: no message
         trees = own_gradients(model, dy_of(y, model), x, weights, saved.projected)
-        parts = all_reduce(comm, model.grid, trees) if summed else [own_part(tree) for tree in trees]
-        for block, part in zip(weights.mlp[0], parts):
-            block -= RATE * part
+        gradients = all_reduce(comm, model.grid, trees) if summed else [own_term(tree) for tree in trees]
+        for block, gradient in zip(weights.mlp[0], gradients):
+            block -= RATE * gradient
         states.append(weights.mlp[0].copy())
     return states
 
 
 def own_gradients(
-    model: Model, dy: Tiles, x: Tiles, weights: Parameters, projected: dict[tuple[int, int], Array]
+    model: Model, dy: Array, x: Array, weights: Parameters, projected: dict[int, Array]
 ) -> list[Tree[Array]]:
     """For each block its gradient's tree over all slots, with the leaves of this rank's."""
-    normed, trees = normalise(model, x, weights.gains[1]), []
+    normed, trees = rmsnorm_forward(np, x, weights.gains[1], CONFIG.norm_eps), []
     for block, packed in enumerate(weights.mlp[0]):
         gate_up, down = mlp_views(CONFIG, packed)  # -> [h, 2*f/G], [f/G, h]
+        leaves = np.empty((len(x), packed.size), dtype=CONFIG.dtype)  # one for each tile
+        swiglu_backward(np, dy, normed, gate_up, down, projected[block], out=mlp_views(CONFIG, leaves))
         trees.append(Tree[Array](range(CONFIG.tiles)))
-        for slot in model.grid.slots:
-            leaf = np.empty_like(packed)
-            swiglu_backward(np, dy[slot], normed[slot], gate_up, down, projected[block, slot],
-                            out=mlp_views(CONFIG, leaf))
-            trees[-1].add(slot, leaf)
+        trees[-1].add_stack(model.grid.slots, leaves)
     return trees
 
 
-def own_part(tree: Tree[Array]) -> Array:
+def own_term(tree: Tree[Array]) -> Array:
     """The sum of all that a rank has of a sum."""
     total: Array = np.sum([piece for _, piece in tree.pieces()], axis=0)
     return total
@@ -220,7 +216,7 @@ def own_part(tree: Tree[Array]) -> Array:
 
 @dataclass
 class Arrival:
-    """A piece on its way here: the tree that it belongs in, and the node that it is there."""
+    """A piece in flight to this rank: the tree that it belongs in, and the node that it is there."""
 
     request: Request
     tree: Tree[Array]
@@ -231,19 +227,19 @@ def all_reduce(comm: Communicator, grid: Grid, trees: list[Tree[Array]]) -> list
     """Each block's gradient from the tokens of all ranks, on every rank. Each rank sums some of the blocks."""
     shape, leaves = trees[0].pieces()[0][1].shape, tuple(range(CONFIG.tiles))
     by = {block: rank for rank in range(comm.size) for block in share(CONFIG.blocks, rank, comm.size)}
-    coming = [
+    arrivals = [
         Arrival(comm.Irecv(np.empty(shape, CONFIG.dtype), peer, Tag.PIECES), trees[block], node)
         for block, rank in by.items() if rank == comm.rank
         for peer in comm.others
         for node in cover(leaves, grid.slots_of(peer))
     ]
-    leaving = [comm.Isend(piece, rank, Tag.PIECES)
-               for block, rank in by.items() if rank != comm.rank for _, piece in trees[block].pieces()]
-    while coming:
-        arrival = coming.pop(comm.Waitany([arrival.request for arrival in coming]))
+    sends = [comm.Isend(piece, rank, Tag.PIECES)
+             for block, rank in by.items() if rank != comm.rank for _, piece in trees[block].pieces()]
+    while arrivals:
+        arrival = arrivals.pop(comm.Waitany([arrival.request for arrival in arrivals]))
         level, index = arrival.node
         arrival.tree.add(index, arrival.request.array, level)
-    comm.Waitall(leaving)
+    comm.Waitall(sends)
     sums = [trees[block].total if rank == comm.rank else np.empty(shape, CONFIG.dtype) for block, rank in by.items()]
     requests = [comm.Irecv(sums[block], rank, Tag.TOTALS) for block, rank in by.items() if rank != comm.rank]
     requests += [comm.Isend(sums[block], peer, Tag.TOTALS)
@@ -255,7 +251,7 @@ def all_reduce(comm: Communicator, grid: Grid, trees: list[Tree[Array]]) -> list
 def descend_alone(model: Model, weights: Parameters) -> list[Array]:
     """The same steps by one process, with `reference.single`'s backward."""
     x, states, gradients = random_tiles(model, 1), [], zero_parameters(model, "gradients")
-    dgain = {slot: model.empty("working", *weights.gains.shape) for slot in model.grid.slots}
+    dgain = model.empty("working", CONFIG.tiles, *weights.gains.shape)
     for _ in range(STEPS):
         y, saved = single.mlp_forward(model, x, weights, 0)
         single.mlp_backward(model, dy_of(y, model), saved, weights, 0, gradients, dgain)
@@ -331,7 +327,7 @@ def show_efficiency(lesson: Lesson) -> None:
 
 
 def show_attention(lesson: Lesson, truth: Judge) -> None:
-    """An attention part in both layouts."""
+    """An attention in both layouts."""
     lesson.part("Attention: keys and values cross")
     lesson.say("A query needs the keys and values of all tokens before it. Every rank makes those of its own tokens,\n"
                "block of heads by block of heads, and sends them to all. Bytes sent, and operations of queries times\n"
@@ -362,7 +358,7 @@ def show_evenness(lesson: Lesson, mine: list[int]) -> None:
         lesson.check("contiguous, as counted: less even than zigzag", contiguous < zigzag)
 
 
-def check_attention(lesson: Lesson, model: Model, output: Tiles, done: list[int], truth: Judge) -> None:
+def check_attention(lesson: Lesson, model: Model, output: Array, done: list[int], truth: Judge) -> None:
     """What holds of it in either layout."""
     grid, size, (messages, sent, operations) = model.grid, lesson.size, done
     slots = len(grid.slots)
@@ -378,8 +374,8 @@ def check_attention(lesson: Lesson, model: Model, output: Tiles, done: list[int]
     lesson.check(f"{grid.layout}: a tile costs 4*B*h*s*n operations, n being the keys that it sees",
                  operations == 4 * CONFIG.batch_size * CONFIG.hidden_size * CONFIG.tile_len * keys)
     lesson.check(f"{grid.layout}: every bit of this rank's tokens equals the single process's",
-                 all(tile.tobytes() == truth.output[slot].tobytes() for slot, tile in output.items()))
-    gap = max(relative_gap(tile, truth.plain[:, grid.tokens(slot)]) for slot, tile in output.items())
+                 same_bits(output, truth.output[list(grid.slots)]))
+    gap = max(relative_gap(tile, truth.plain[:, grid.tokens(slot)]) for slot, tile in zip(grid.slots, output))
     lesson.check(f"{grid.layout}: and plain causal attention agrees within {TOLERANCE:g}", gap < TOLERANCE)
 
 
@@ -391,9 +387,9 @@ def show_gradients(lesson: Lesson, truth: Judge) -> None:
     together = descend(comm, model, dealt(model, truth.weights), summed=True)
     start = truth.weights.mlp[0]
     missing = relative_gap(start - apart[0], start - truth.descent[0])
-    lesson.say(f"An MLP part takes {STEPS} steps of gradient descent towards random targets. Forward it sends nothing, "
-               "as\nall weights are here. But a rank knows only its own tokens' part of a weight's gradient. How far "
-               "its\nfirst step along that part is off from the whole step, relative to the largest entry:")
+    lesson.say(f"An MLP takes {STEPS} steps of gradient descent towards random targets. Forward it sends nothing, "
+               "as\nall weights are here. But a rank knows only its own tokens' term of a weight's gradient. How far "
+               "its\nfirst step along that term is off from the whole step, relative to the largest entry:")
     lesson.say_from_all(f"{missing:.2f}")
     lesson.say("Largest distance between two ranks' copies of the weights, relative to the largest weight:")
     gaps = [distances(lesson, states) for states in (apart, together)]
@@ -402,7 +398,7 @@ def show_gradients(lesson: Lesson, truth: Judge) -> None:
         lesson.check("without a sum over ranks the copies differ after the first step, and more after each",
                      gaps[0][0] > 0 and all(now > before for before, now in zip(gaps[0], gaps[0][1:])))
     else:
-        lesson.check("a single rank's part is the whole: it needs no sum", missing == 0)
+        lesson.check("a single rank's term is the whole: it needs no sum", missing == 0)
     lesson.check("with it, every rank's copy has the single process's bits after each step",
                  all(own.tobytes() == wanted.tobytes() for own, wanted in zip(together, truth.descent, strict=True)))
     show_reduction(lesson, model.grid, start.nbytes)
@@ -487,7 +483,7 @@ def show_training(lesson: Lesson, truth: Judge) -> None:
 
 
 def check_traffic(lesson: Lesson, grid: Grid, sent: list[int], layer_bytes: int) -> None:
-    """That training sends what the parts above do."""
+    """That training sends what was counted above."""
     arrays = all_reduce_sends(CONFIG.blocks, subtrees(grid.slots), lesson.rank, lesson.size)
     wanted = [(lesson.size - 1) * len(grid.slots) * SLOT_BYTES, arrays * layer_bytes // CONFIG.blocks]
     lesson.check(f"{grid.layout}: keys and values, and the layer's gradients, are sent as counted above",

@@ -48,7 +48,7 @@ from stage import (
 )
 
 from tsp_ref.accounting.ledger import Entry
-from tsp_ref.arrays import Array, Tiles
+from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.mesh import Mesh, make_mesh
@@ -59,7 +59,7 @@ from tsp_ref.grid.tree import Tree, cover
 from tsp_ref.model.config import make_config
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, attention_shapes, mlp_shapes, mlp_views, zero_parameters
-from tsp_ref.model.tilewise import add_residual, normalise, totals
+from tsp_ref.model.tilewise import normalise
 from tsp_ref.ops.mlp import swiglu_backward, swiglu_forward
 from tsp_ref.process import threads
 from tsp_ref.reference import single
@@ -80,7 +80,7 @@ TOLERANCE = 1e-5
 LAYER_FORWARD = (("attention", "forward"), ("mlp", "forward"))
 
 Kept: TypeAlias = dict[tuple[int, int], Array]
-"""(block, slot) -> x gate and x up, [B*s, 2f/G]"""
+"""(block, slot) -> x gate and x up, a stack of one tile [1, B*s, 2f/G]"""
 
 Messages: TypeAlias = dict[Entry, tuple[int, int]]
 """What a ledger counted, by verb, phase, tag and peer: messages and bytes."""
@@ -99,7 +99,7 @@ class Judge:
     """One process that owns everything, on every rank: an MLP part, and a training step."""
 
     weights: Parameters
-    output: Tiles
+    output: Array  # [T, B, s, h], by slot
     gradient: Array  # [G, size of a packed block]
     step: Step
 
@@ -139,7 +139,7 @@ def judge() -> Judge:
     """`reference.single`."""
     model = Model(CONFIG, np)
     weights, gradients = random_weights(model, np.random.default_rng(SEED)), zero_parameters(model, "gradients")
-    dgain = {slot: model.empty("working", *weights.gains.shape) for slot in model.grid.slots}
+    dgain = model.empty("working", len(model.grid.slots), *weights.gains.shape)
     output, saved = single.mlp_forward(model, random_tiles(model, 1), weights, 0)
     single.mlp_backward(model, random_tiles(model, 2), saved, weights, 0, gradients, dgain)
     step = VirtualWorld(1).run(lambda alone: training_step(alone, Plan("single")))[0]
@@ -149,47 +149,51 @@ def judge() -> Judge:
 # The MLP part on a mesh.
 
 
-def mlp_forward(mesh: Mesh, model: Model, x: Tiles, weights: Parameters) -> tuple[Tiles, Kept]:
-    """x plus the MLP of the normalised x, for this rank's slots: its blocks' terms, and those of the ranks that hold
-    the same tokens."""
+def mlp_forward(mesh: Mesh, model: Model, x: Array, weights: Parameters) -> tuple[Array, Kept]:
+    """x plus the MLP of the normalised x [p, B, s, h], of this rank's tiles: its blocks' terms, and those of the ranks
+    that hold the same tokens. An operation takes a stack of tiles; here each is a stack by itself."""
     grid, normed = model.grid, normalise(model, x, weights.gains[1])
     sums = {slot: Tree[Array](range(CONFIG.blocks)) for slot in grid.slots}
     projected: Kept = {}
     for block, packed in zip(grid.blocks, weights.mlp[0]):
         gate_up, down = mlp_views(CONFIG, packed)  # -> [h, 2*f/G], [f/G, h]
-        for slot in grid.slots:
-            y, projected[block, slot] = swiglu_forward(np, normed[slot], gate_up, down)
-            sums[slot].add(block, y)
-    return add_residual(model, x, all_reduce(mesh.weights, grid, sums)), projected
+        for number, slot in enumerate(grid.slots):
+            projected[block, slot] = np.empty(
+                (1, CONFIG.batch_size * CONFIG.tile_len, gate_up.shape[1]), dtype=CONFIG.dtype)
+            y = swiglu_forward(np, normed[number : number + 1], gate_up, down, out=projected[block, slot])
+            sums[slot].add(block, y[0])  # [1, B, s, h] -> [B, s, h]
+    output = all_reduce(mesh.weights, grid, sums)
+    return x + np.stack([output[slot] for slot in grid.slots]), projected
 
 
 @dataclass
 class Arrival:
-    """A piece on its way here: the tree that it belongs in, and the node that it is there."""
+    """A piece in flight to this rank: the tree that it belongs in, and the node that it is there."""
 
     request: Request
     tree: Tree[Array]
     node: tuple[int, int]
 
 
-def all_reduce(axis: Communicator, grid: Grid, sums: dict[int, Tree[Array]]) -> Tiles:
-    """Lesson 8's all-reduce, of this rank's slots, among the ranks of an axis: a place on it is all that it sees."""
+def all_reduce(axis: Communicator, grid: Grid, sums: dict[int, Tree[Array]]) -> dict[int, Array]:
+    """Lesson 8's all-reduce, of this rank's slots, among the ranks of an axis: a place on it is all that it sees. The
+    ranks take turns: of the slots, number i is summed at place i modulo the axis's size."""
     leaves, slots = tuple(range(CONFIG.blocks)), sorted(sums)
-    by = {slots[index]: place for place in range(axis.size) for index in share(len(slots), place, axis.size)}
-    coming = [
+    by = {slot: number % axis.size for number, slot in enumerate(slots)}
+    arriving = [
         Arrival(axis.Irecv(tile_sized(), peer, Tag.PIECES), sums[slot], node)
         for slot, place in by.items() if place == axis.rank
         for peer in axis.others
         for node in cover(leaves, tuple(grid.blocks_of(peer)))
     ]
-    leaving = [axis.Isend(piece, place, Tag.PIECES)
-               for slot, place in by.items() if place != axis.rank for _, piece in sums[slot].pieces()]
-    while coming:
-        arrival = coming.pop(axis.Waitany([arrival.request for arrival in coming]))
+    sends = [axis.Isend(piece, place, Tag.PIECES)
+             for slot, place in by.items() if place != axis.rank for _, piece in sums[slot].pieces()]
+    while arriving:
+        arrival = arriving.pop(axis.Waitany([arrival.request for arrival in arriving]))
         level, index = arrival.node
         arrival.tree.add(index, arrival.request.array, level)
-    axis.Waitall(leaving)
-    own = totals({slot: sums[slot] for slot, place in by.items() if place == axis.rank})
+    axis.Waitall(sends)
+    own = {slot: sums[slot].total for slot, place in by.items() if place == axis.rank}
     output = own | {slot: tile_sized() for slot, place in by.items() if place != axis.rank}
     requests = [axis.Irecv(output[slot], place, Tag.TOTALS) for slot, place in by.items() if place != axis.rank]
     requests += [axis.Isend(total, peer, Tag.TOTALS) for total in own.values() for peer in axis.others]
@@ -208,11 +212,11 @@ def own_gradient(model: Model, weights: Parameters, projected: Kept) -> Array:
     gradient = np.zeros_like(weights.mlp[0])
     for block, packed, out in zip(model.grid.blocks, weights.mlp[0], gradient):
         gate_up, down = mlp_views(CONFIG, packed)  # -> [h, 2*f/G], [f/G, h]
-        for slot in model.grid.slots:
-            leaf = np.empty_like(packed)
-            swiglu_backward(np, dy[slot], normed[slot], gate_up, down, projected[block, slot],
+        for number, slot in enumerate(model.grid.slots):
+            one, leaf = slice(number, number + 1), np.empty((1, packed.size), dtype=packed.dtype)
+            swiglu_backward(np, dy[one], normed[one], gate_up, down, projected[block, slot],
                             out=mlp_views(CONFIG, leaf))
-            out += leaf
+            out += leaf[0]
     return gradient
 
 
@@ -265,9 +269,11 @@ class Position:
         return [peer for peer in peers if peer == self.rank or self.axis_to(peer) == axis]
 
     def along_weights(self) -> int:
-        """Bytes that it should send along the weights' axis in an all-reduce of its tokens."""
-        tiles = all_reduce_sends(len(self.slots), subtrees(self.blocks), self.places[0], self.weight_ranks)
-        return tiles * TILE_BYTES
+        """Bytes that it should send along the weights' axis in an all-reduce of its tokens: of the tiles that others
+        sum its pieces, of those that it sums the totals, to all others."""
+        own = len(self.slots[self.places[0] :: self.weight_ranks])
+        sends = (len(self.slots) - own) * subtrees(self.blocks) + own * (self.weight_ranks - 1)
+        return sends * TILE_BYTES
 
     def gradients(self) -> int:
         """Bytes that it should send along the tokens' axis for the gradients of its weights."""
@@ -333,7 +339,7 @@ def show_mesh(lesson: Lesson, mesh: Mesh, grid: Grid, where: Position) -> None:
                  bool(np.all(np.sum(all_gather(lesson.comm, pairs), axis=0) == 1)))
 
 
-def show_mlp(lesson: Lesson, output: Tiles, where: Position, truth: Judge) -> None:
+def show_mlp(lesson: Lesson, output: Array, where: Position, truth: Judge) -> None:
     """What the MLP part sent, and its output."""
     lesson.part("An MLP part")
     lesson.say("A rank applies its blocks to its tokens: some of the G terms of each sum. The other terms are on the\n"
@@ -349,7 +355,7 @@ def show_mlp(lesson: Lesson, output: Tiles, where: Position, truth: Judge) -> No
     lesson.check("as many bytes as lesson 8's all-reduce, of this rank's tokens among T ranks",
                  sum(to.values()) == where.along_weights())
     lesson.check("every bit of this rank's tokens equals the single process's",
-                 all(tile.tobytes() == truth.output[slot].tobytes() for slot, tile in output.items()))
+                 all(tile.tobytes() == truth.output[slot].tobytes() for slot, tile in zip(where.slots, output)))
 
 
 def show_wrong_axis(lesson: Lesson, mesh: Mesh, mine: Array, where: Position, truth: Judge) -> None:

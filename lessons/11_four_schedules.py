@@ -23,6 +23,7 @@ over tiles have more and smaller terms, and the first two checks fail, and no ot
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TypeAlias
@@ -38,9 +39,10 @@ from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.commands.holdings import short
+from tsp_ref.model import tilewise
 from tsp_ref.model.config import make_config
 from tsp_ref.process import threads
-from tsp_ref.schedules import collectives, sp, tp, tp_sp, tsp
+from tsp_ref.schedules import all_reduce, gradients, keys_values, sp, tp, tp_sp, tsp
 from tsp_ref.schedules.tags import Tag
 from tsp_ref.training.collect import digest, stream_blocks
 from tsp_ref.training.loop import Training
@@ -194,8 +196,10 @@ def products(comm: Communicator, plan: Plan) -> Array:
     training, made = Training(CONFIG, comm, replace(plan, counted=True), drawn_text(), np), np.zeros(2, dtype=np.int64)
 
     def note(left: tuple[int, ...], right: tuple[int, ...]) -> None:
-        made[0] += 1
-        made[1] += drawn_for((training.model.phase, left, right))
+        # That of a stack of tiles is a product for each of its matrices.
+        each = math.prod(np.broadcast_shapes(left[:-2], right[:-2]))
+        made[0] += each
+        made[1] += each * drawn_for((training.model.phase, left[-2:], right[-2:]))
 
     with mock.patch.object(training.model.work, "product", note):
         training.step()
@@ -329,7 +333,7 @@ def main(lesson: Lesson) -> None:
     show_products(lesson)
     if lesson.rank == 0:
         single, with_tree = trace(VirtualWorld(1).communicators[0], Plan("single")), traces(SEEDS[:1])
-        with sums_in_order_of_arrival(tp, sp, tp_sp, tsp, collectives):
+        with sums_in_order_of_arrival(tp, sp, tp_sp, tsp, tilewise, all_reduce, gradients, keys_values):
             without = traces(SEEDS)
     show_arrival(lesson, with_tree, without, single)
 

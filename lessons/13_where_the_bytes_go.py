@@ -38,9 +38,9 @@ from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import initial_parameters
 from tsp_ref.process import threads
 from tsp_ref.process.terminal import console_for
-from tsp_ref.schedules.collectives import finish_all
+from tsp_ref.schedules import tp, tsp
 from tsp_ref.training.loop import Training
-from tsp_ref.training.strategy import ON_ONE_AXIS, Plan, meshes
+from tsp_ref.training.strategy import Plan, meshes
 
 CONFIG = make_config("tiny", num_heads=16, num_kv_heads=8, steps=1, warmup_steps=1)
 # One layer, f = 4h; with as many key/value heads as query heads, and with half as many.
@@ -274,12 +274,11 @@ class Point:
 
 def layer_forward(comm: Communicator, schedule: str, config: Config) -> tuple[int, bool]:
     """The forward of one layer with random weights on random tokens: bytes sent, and whether a formula has them all."""
-    module, before = ON_ONE_AXIS[schedule], sent_since(comm, {})
+    module, before = {"tp": tp, "tsp": tsp}[schedule], sent_since(comm, {})
     model = Model(config, np, *module.place(comm))
     weights = initial_parameters(model)
     x, _ = module.attention_forward(comm, model, random_tiles(model, 1), weights, 0)
     module.mlp_forward(comm, model, x, weights, 0)
-    finish_all(comm, model)
     sent, wanted = sent_since(comm, before), exact(schedule, config, model.grid)
     return layer_bytes(sent, "forward"), sent == {
         key: count for key, count in wanted.items() if key[0] in LAYER and key[1] == "forward"}

@@ -27,6 +27,9 @@ has been posted cannot move, however often somebody looks.
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -43,7 +46,7 @@ from stage import Lesson, link_that_takes, run, table_with, until_all_are_throug
 from tsp_ref.arrays import Array
 from tsp_ref.comm.clocks import gather_lanes, recording
 from tsp_ref.comm.communicator import Communicator
-from tsp_ref.comm.control import all_gather, from_root
+from tsp_ref.comm.control import all_gather, from_root, gather_texts
 from tsp_ref.comm.link import Link
 from tsp_ref.comm.request import Request
 from tsp_ref.comm.timeline import Lane
@@ -349,7 +352,30 @@ def show_timings(lesson: Lesson, mine: Ring) -> tuple[list[Kind], Link]:
         part = hidden_fraction(messages, computation, both)
         table.add_row(kind.name, *(f"{1e3 * seconds:.1f}" for seconds in (messages, computation, both)), f"{part:.0%}")
     lesson.say(table)
+    if not isinstance(comm, VirtualCommunicator):
+        warn_of_too_many(lesson)
     return possible, link
+
+
+def ranks_and_cores(comm: Communicator) -> tuple[int, int]:
+    """How many of the ranks run on rank 0's machine, and on how many cores. Every rank must call it."""
+    # A launcher may have bound each rank to cores of its own.
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    rows = [json.loads(text) for text in gather_texts(comm, json.dumps([platform.node(), *cores]))]
+    here = [set(row[1:]) for row in rows if row[0] == rows[0][0]]
+    return len(here), len(set().union(*here))
+
+
+def warn_of_too_many(lesson: Lesson) -> None:
+    """Say so if ranks share cores. Every rank must call it."""
+    ranks, cores = ranks_and_cores(lesson.comm)
+    if ranks <= cores:
+        return
+    instead = (f"on {cores} ranks: mpirun -n {cores} python lessons/15_overlap_made_real.py" if cores > 1 else
+               "on a machine with two cores or more")
+    lesson.say(f"[yellow]Ranks outnumber cores[/]: {ranks} ranks on {cores} core{'s' * (cores > 1)}. While a rank "
+               "waits, its core is another's, whose work hides\nsome of its messages; and a rank that should look may "
+               f"not have a core to do so. This table says little; run it\n{instead}")
 
 
 def show_charts(lesson: Lesson, mine: Ring, possible: list[Kind], link: Link) -> None:

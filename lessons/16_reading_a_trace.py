@@ -199,7 +199,7 @@ def sent_by(lane: Lane) -> Sent:
     sent: Sent = {}
     for message in lane.messages:
         if message.verb == "send":
-            key = message.part, message.direction, message.tag
+            key = message.sublayer, message.direction, message.tag
             messages, size = sent.get(key, (0, 0))
             sent[key] = messages + 1, size + message.size
     return sent
@@ -234,7 +234,7 @@ def show_waits(lesson: Lesson, own: Lane, lanes: list[Lane]) -> None:
     for lane in lanes:
         share, longest = waited_share(lane), longest_wait(lane)
         cells = [] if longest is None else [
-            f"{1e3 * longest[0]:.1f}", f"{longest[1].part} {longest[1].direction}", name_of(longest[1]),
+            f"{1e3 * longest[0]:.1f}", f"{longest[1].sublayer} {longest[1].direction}", name_of(longest[1]),
             f"{longest[1].size:,}"]
         table.add_row(str(lane.rank), f"{lane.share('compute'):.0%}", "" if share is None else f"{share:.0%}", *cells)
     lesson.say(table)
@@ -261,8 +261,8 @@ def show_under(lesson: Lesson, lanes: list[Lane], found: list[Pair]) -> None:
         table = table_with("part", "computes, ms", "waits, ms", "on their way meanwhile")
         table.columns[3].justify = "left"
         coming = [(*on_its_way(pair), pair.received.tag) for pair in to(lane.rank, found)]
-        for phase in dict.fromkeys((span.part, span.direction) for span in lane.spans):
-            spans = [span for span in lane.spans if (span.part, span.direction) == phase]
+        for phase in dict.fromkeys((span.sublayer, span.direction) for span in lane.spans):
+            spans = [span for span in lane.spans if (span.sublayer, span.direction) == phase]
             work, waits = (sum(span.end - span.begin for span in spans if span.what == what)
                            for what in ("compute", "wait"))
             under = Counter(tag for begin, end, tag in coming if any(

@@ -128,16 +128,18 @@ class Metered(np.ndarray[Any, np.dtype[Any]]):
 
 
 class Products(Work):
-    """Books of work that also know each product: its shapes."""
+    """The accounts of work, which also know each product of two matrices: its shapes. That of a stack is one for each
+    of its matrices, so it does not matter how many tiles are taken at a time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.made: Counter[tuple[Shape, Shape]] = Counter()
 
     def product(self, left: Shape, right: Shape) -> None:
-        """Count one."""
+        """Count one, or those of a stack."""
         super().product(left, right)
-        self.made[left, right] += 1
+        leading = np.broadcast_shapes(left[:-2], right[:-2])
+        self.made[left[-2:], right[-2:]] += math.prod(leading)
 
 
 def seconds_of(work: Callable[[], object]) -> float:

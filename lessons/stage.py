@@ -25,13 +25,13 @@ from rich.rule import Rule
 from rich.table import Table
 
 from tsp_ref.accounting.phase import OUTSIDE
-from tsp_ref.arrays import Array, Tiles
+from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather, from_root, gather_texts
 from tsp_ref.comm.link import Link
 from tsp_ref.comm.mpi import launcher_rank
 from tsp_ref.errors import AgreedError, UserError
-from tsp_ref.grid.grid import share
+from tsp_ref.grid.grid import Grid, share
 from tsp_ref.grid.tree import Node, Partial, Tree, add
 from tsp_ref.model.activations import AttentionSaved, MlpSaved
 from tsp_ref.model.model import Model
@@ -41,7 +41,7 @@ from tsp_ref.process.terminal import console_for
 from tsp_ref.training.data import Text
 
 Sent: TypeAlias = dict[tuple[str, str, str], tuple[int, int]]
-"""(part, direction, purpose) -> messages and bytes."""
+"""(sub-layer, direction, purpose) -> messages and bytes."""
 
 
 @dataclass
@@ -218,12 +218,27 @@ def dealt(model: Model, whole: Parameters) -> Parameters:
     return weights
 
 
-def random_tiles(model: Model, purpose: int) -> Tiles:
-    """Random tiles [B, s, h], drawn by slot, so that all ranks agree and none draws a tile that it does not hold."""
+def random_tiles(model: Model, purpose: int) -> Array:
+    """Random tiles [p, B, s, h], drawn by slot, so that all ranks agree and none draws a tile that it does not hold."""
     config = model.config
     shape = (config.batch_size, config.tile_len, config.hidden_size)
     dtype = np.dtype(config.dtype).type
-    return {slot: np.random.default_rng([purpose, slot]).standard_normal(shape, dtype) for slot in model.grid.slots}
+    return np.stack(
+        [np.random.default_rng([purpose, slot]).standard_normal(shape, dtype) for slot in model.grid.slots])
+
+
+def in_order_of_text(grid: Grid, tiles: Array) -> Array:
+    """A rank's tiles [p, B, s, h] as one array in the order of the text [B, S, h], in float64; zeros elsewhere."""
+    _, batch, length, hidden = tiles.shape
+    whole = np.zeros((batch, grid.num_tiles * length, hidden), dtype=np.float64)
+    for slot, tile in zip(grid.slots, tiles):
+        whole[:, grid.tokens(slot)] = tile
+    return whole
+
+
+def same_bits(one: Array, other: Array) -> bool:
+    """Whether two arrays have the same bits, however they lie in memory."""
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
 def drawn_text() -> Text:
@@ -245,19 +260,21 @@ def subtrees(leaves: Iterable[int]) -> int:
     return count
 
 
-def all_reduce_sends(count: int, pieces: int, rank: int, size: int) -> int:
+def all_reduce_sends(count: int, pieces: int, rank: int, size: int, in_turns: bool = False) -> int:
     """How many arrays a rank sends in an all-reduce of `count` sums, which are dealt to the ranks to be made: of those
-    that others make its pieces, of those that it makes the totals, to all others."""
-    own = len(share(count, rank, size))
+    that others make its pieces, of those that it makes the totals, to all others.
+
+    in_turns  whether sum number i is dealt to rank i modulo N; if not, each rank makes consecutive ones
+    """
+    own = len(range(rank, count, size) if in_turns else share(count, rank, size))
     return (count - own) * pieces + own * (size - 1)
 
 
 def kept_bytes(attention: AttentionSaved, mlp: MlpSaved) -> tuple[int, int]:
-    """What a layer's forward keeps: the inputs of its two parts, and what is computed by blocks of weights."""
-    inputs = [*attention.x.values(), *mlp.x.values()]
+    """What a layer's forward keeps: the inputs of its two sub-layers, and what is computed by blocks of weights."""
     by_blocks = [array for kept in (attention.q, attention.keys_values, attention.heads, attention.logsumexp,
                                     mlp.projected) for array in kept.values()]
-    return sum(array.nbytes for array in inputs), sum(array.nbytes for array in by_blocks)
+    return attention.x.nbytes + mlp.x.nbytes, sum(array.nbytes for array in by_blocks)
 
 
 def table_with(*headings: str) -> Table:
@@ -307,8 +324,8 @@ class InOrderOfArrival(Tree[Partial]):
     What has come, what is still missing and what is sent to whom stay the tree's; only the order of additions is free.
     """
 
-    def __init__(self, leaves: Iterable[int], merge: Callable[[Any, Any], Any] = add) -> None:
-        super().__init__(leaves, _nothing)
+    def __init__(self, leaves: Iterable[int], merge: Callable[[Any, Any], Any] = add, of: int = 0) -> None:
+        super().__init__(leaves, _nothing, of)
         self.sum_of = merge
         self.running: Any = None
 
@@ -316,6 +333,11 @@ class InOrderOfArrival(Tree[Partial]):
         """Note that a node has come, and add its partial to the sum at once."""
         super().add(index, None, level)  # type: ignore[arg-type]
         self.running = partial if self.running is None else self.sum_of(self.running, partial)
+
+    def add_stack(self, leaves: Sequence[int], stack: Any) -> None:
+        """Add several leaves, one by one from left to right."""
+        for leaf, partial in zip(leaves, stack):
+            self.add(leaf, partial)
 
     @property
     def total(self) -> Any:

@@ -65,7 +65,7 @@ def check_own(recorded: Recorded) -> None:
 
     messages, sizes = Posted(), Posted()
     for message in lane.messages:
-        key = (message.verb, message.peer, message.tag, message.part, message.direction)
+        key = (message.verb, message.peer, message.tag, message.sublayer, message.direction)
         messages[key] += 1
         sizes[key] += message.size
         assert recorded.begin < message.begin < message.end < recorded.end
@@ -94,7 +94,7 @@ def check_all(lanes: list[Lane]) -> None:
 def tiles(lane: Lane, part: str, direction: str) -> set[tuple[int, int]]:
     """The (block, slot) with which a rank computed in a phase."""
     return {(span.block, slot) for span in lane.spans for slot in range(span.slot, span.slot + span.tiles)
-            if (span.what, span.part, span.direction) == ("compute", part, direction) and span.block != NONE}
+            if (span.what, span.sublayer, span.direction) == ("compute", part, direction) and span.block != NONE}
 
 
 REQUIRED = {"X": {"cat", "ts", "dur"}, "M": {"args"}, "b": {"cat", "id", "ts"}, "e": {"cat", "id", "ts"},

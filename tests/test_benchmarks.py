@@ -30,6 +30,7 @@ EVERY = {
     "scaling": ("scaling", "--schedules", "tsp", "tp+sp"),
     "roofline": ("roofline", "--shapes"),
     "grid_cost": ("grid_cost", "--grids", "1x1", "8x16"),
+    "tile_lengths": ("tile_lengths", "--lengths", "8", "9", "14", "--lengths", "16", "13"),
 }
 NAMES = [pytest.param(name, marks=needs_torch) if name == "vs_torch" else name for name in EVERY]
 
@@ -138,6 +139,17 @@ def test_the_grid_s_cost_is_over_the_textbook_model(results):
     assert results("grid_cost")[1]["largest_relative_gap"] < 1e-5
 
 
+def test_a_tile_s_length_is_over_the_first_of_its_group_and_per_token(results):
+    output, written = results("tile_lengths")
+    rows = written["rows"]
+    assert [(row["length"], row["first"]) for row in rows] == [(8, 8), (9, 8), (14, 8), (16, 16), (13, 16)]
+    assert all((row["over_first"] == 1) for row in rows if row["length"] == row["first"])
+    times = {row["length"]: row["median_seconds"] for row in rows}
+    assert all(row["over_first"] == pytest.approx(times[row["length"]] / times[row["first"]]) for row in rows)
+    assert written["largest_ratio"] == max(row["over_first"] for row in rows)
+    assert "the goal is at most 1.15" in output and set(written["losses"]) == {"8", "9", "14", "16", "13"}
+
+
 @pytest.mark.parametrize("name", [*EVERY, "gpu"])
 def test_help_says_what_is_measured_and_how_to_begin(name):
     done = called(name, "--help")
@@ -150,6 +162,8 @@ def test_help_says_what_is_measured_and_how_to_begin(name):
     (("grid_cost", "--grids", "8by16"), "--grids 8by16 is not of the form GxT"),
     (("grid_cost", "--grids", "3x16"), "num_kv_heads=8 is not a multiple of blocks=3"),
     (("gpu", "--backend", "numpy", "--preset", "gpu"), "--preset gpu is too large: use --preset tiny"),
+    (("tile_lengths", "--lengths", "8", "0"), "--lengths 0 is not valid: a tile has 1 token or more"),
+    (("tile_lengths", "--tiles", "0"), "--tiles 0 is not valid: use 1 or more"),
     (("scaling", "--ranks", "99"), "--ranks 99 is not possible: use 1 to 8"),
     (("roofline", "--set", "hidden_size=many"), "hidden_size=many is not valid: use a whole number"),
 ])

@@ -199,12 +199,12 @@ def test_the_ledger_sums_by_part_and_by_direction() -> None:
     world.run(main)
     ledger = world.communicators[0].ledger
     assert ledger.sums("send") == (4, 4444)
-    assert ledger.sums("send", part="mlp") == (2, 44)
+    assert ledger.sums("send", sublayer="mlp") == (2, 44)
     assert ledger.sums("send", direction="backward") == (2, 440)
-    assert ledger.sums("send", part="mlp", direction="backward") == (1, 40)
-    assert ledger.sums("send", part="") == ledger.sums("send", direction="") == (1, 4000), "outside is a phase, too"
-    assert ledger.sums("send", "TEXT", 1, part="head") == (1, 400)
-    assert ledger.sums("send", "TEXT", part="mlp") == ledger.sums("receive", part="mlp") == (0, 0)
+    assert ledger.sums("send", sublayer="mlp", direction="backward") == (1, 40)
+    assert ledger.sums("send", sublayer="") == ledger.sums("send", direction="") == (1, 4000), "outside is a phase, too"
+    assert ledger.sums("send", "TEXT", 1, sublayer="head") == (1, 400)
+    assert ledger.sums("send", "TEXT", sublayer="mlp") == ledger.sums("receive", sublayer="mlp") == (0, 0)
 
 
 def test_the_ledger_does_not_count_what_was_refused() -> None:

@@ -40,7 +40,7 @@ def check_totals(plan, ranks=4):
     for lines, _, ledger, _ in recorded(plan, ranks):
         for part, direction in PHASES:
             of_phase = [line for line in lines if line.of.phase == (part, direction)]
-            assert totals(of_phase) == {verb: ledger.sums(verb, part=part, direction=direction)
+            assert totals(of_phase) == {verb: ledger.sums(verb, sublayer=part, direction=direction)
                                         for verb in ("send", "receive")}, (part, direction)
             layers = [totals([line for line in of_phase if line.of.layer == layer]) for layer in (0, 1)]
             assert part not in ("attention", "mlp") or layers[0] == layers[1], (part, direction)
@@ -207,7 +207,7 @@ def test_the_command_ends_with_the_totals_of_the_ledger(schedule, capsys):
     assert main([*SMALL, "--rank", "3", "--schedule", schedule, "--part", "mlp", "--direction", "backward"]) == 0
     printed = capsys.readouterr().out
     (sent, sent_bytes), (received, received_bytes) = (
-        ledger.sums(verb, part="mlp", direction="backward") for verb in ("send", "receive"))
+        ledger.sums(verb, sublayer="mlp", direction="backward") for verb in ("send", "receive"))
     assert sent and printed.splitlines()[-1] == (
         f"posted for mlp, backward: {sent} Isend, {sent_bytes:,} bytes; {received} Irecv, {received_bytes:,} bytes")
     assert f"{schedule} on 4 ranks, 4 blocks, 8 tiles: what rank 3 posted" in printed

@@ -72,7 +72,7 @@ def test_every_tile_is_there_with_its_block_and_its_slot(stack):
         for part in ("embedding", "attention", "mlp", "head"):
             for direction in ("forward", "backward"):
                 assert tiles(each.own, part, direction) == whole, (part, direction)
-        assert {span.part for span in each.own.spans} >= {"optimizer", "loss", "gains"}
+        assert {span.sublayer for span in each.own.spans} >= {"optimizer", "loss", "gains"}
 
 
 def test_only_one_virtual_rank_computes_at_a_time():
@@ -197,7 +197,7 @@ def test_the_trace_is_of_the_documented_format_and_has_everything(lanes):
         if one["tid"] == following["tid"]:  # without a gap, by whole nanoseconds too
             assert int(1000 * one["ts"]) + int(1000 * one["dur"]) == int(1000 * following["ts"])
     tile = next(event for event in events["X"] if event["name"].startswith("mlp backward, block"))
-    assert tile["cat"] == "compute" and {"part", "direction", "block", "slot", "tiles"} == set(tile["args"])
+    assert tile["cat"] == "compute" and {"sublayer", "direction", "block", "slot", "tiles"} == set(tile["args"])
 
 
 def test_a_stack_of_tiles_is_one_span_that_names_all_its_slots():
@@ -252,7 +252,7 @@ def test_the_svg_is_whole_and_needs_nothing_else(lanes):
     assert list(groups) == [f"rank{lane.rank}" for lane in lanes]
     for lane in lanes:
         titles = {title.text for title in groups[f"rank{lane.rank}"].iter(f"{space}title")}
-        assert {"attention forward", "mlp backward", "waits", "messages on their way to this rank"} <= titles
+        assert {"attention forward", "mlp backward", "waits", "messages in flight to this rank"} <= titles
     assert not re.search(r"href|url\(|script|<image|font-face|@import", text)
 
 
@@ -287,7 +287,7 @@ def test_a_forward_and_backward_is_drawn_by_overlap(capsys, tmp_path):
                  str(path)]) == 0
     assert "forward and backward of tsp on 2 ranks" in capsys.readouterr().out
     events = read_trace(path.read_text())
-    assert not any(event["args"]["part"] == "optimizer" for event in events["X"])
+    assert not any(event["args"]["sublayer"] == "optimizer" for event in events["X"])
 
 
 @pytest.mark.parametrize("arguments, message", [

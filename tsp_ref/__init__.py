@@ -16,20 +16,20 @@ The letters in shape comments, here and everywhere:
 
 The words:
 
-    TP, SP   tensor parallelism, which deals out weights, and sequence parallelism, which deals out tokens
-    mesh     T x Σ ranks for TP+SP: T share the weights, Σ share the tokens (this T is not that of the tiles)
-    axis     the ranks that weights, or tokens, are dealt to; under TSP both are the same ranks
-    part     the attention or the MLP of a layer, with its norm and its residual
-    block    1/G of a weight matrix: some heads, columns or rows; the matrices of a part travel packed in one flat array
-    tile     s tokens of a sequence, numbered in the order of the text
-    slot     a place in the order in which tiles are dealt to ranks: slot 0 holds tile 0, slot 1 the last tile, ...
-    owner    the rank that holds a block's weights, gradients and moments, or a slot's activations: its home; where
-             several hold copies, the one that sums
-    shard    all blocks of one owner, of one tensor
-    stack    some of a rank's tiles that go through an operation at a time; how many is a matter of speed alone
-    leaf     one tile's or one block's term of a sum; a node of the tree is the sum of some consecutive leaves
-    phase    (part of the model, forward or backward): what messages, memory and work are counted by
-    partial  a sum of some leaves; a piece is a partial that waits, or travels, because the node beside it is elsewhere
+    TP, SP     tensor parallelism, which deals out weights, and sequence parallelism, which deals out tokens
+    mesh       T x Σ ranks for TP+SP: T share the weights, Σ share the tokens (this T is not that of the tiles)
+    axis       the ranks that weights, or tokens, are dealt to; under TSP both are the same ranks
+    sub-layer  the attention or the MLP of a layer, with its norm and its residual
+    block      1/G of a weight matrix: some heads, columns or rows; a sub-layer's matrices travel packed, as one array
+    tile       s tokens of a sequence, numbered in the order of the text
+    slot       a place in the order in which tiles are dealt to ranks: slot 0 holds tile 0, slot 1 the last tile, ...
+    owner      the rank that holds a block's weights, gradients and moments, or a slot's activations; where several
+               hold copies, the one that sums
+    shard      all blocks of one owner, of one tensor
+    stack      some of a rank's tiles that go through an operation at a time; how many is a matter of speed alone
+    leaf       one tile's or one block's term of a sum; a node of the tree is the sum of some consecutive leaves
+    phase      (sub-layer, forward or backward): what messages, memory and work are counted by
+    partial    a sum of some leaves; a piece is one that waits, or travels, because the node beside it is elsewhere
 
 Where to read, top to bottom: `config` (what a model is), `grid` (who owns what), `tree` (the one rule),
 `ops` (the maths of a tile), `reference` (two single-process models), `comm` (checked messages),

@@ -43,8 +43,8 @@ OVERLAP = """\
 How much of the messages' time is hidden under the computation, in two ways.
 
   mpirun -n 2 python -m tsp_ref overlap                      a core for each
-  mpirun -n 2 python -m tsp_ref overlap --progress wait      with nobody to
-                                          help messages on: less is hidden
+  mpirun -n 2 python -m tsp_ref overlap --progress wait      no progress
+                                          between waits: less is hidden
   mpirun -n 2 python -m tsp_ref overlap --link 88MB/s,50us   on this link, as a
                                           run before has chosen it
   mpirun -n 2 python -m tsp_ref overlap --link none          on the machine's
@@ -62,7 +62,7 @@ the other. And during both it records how long ranks wait, the exposed time:
       = (messages - exposed) / min(messages, computation)
 
 If the first is less, the difference is what messages cost the processor:
-posting, copying, looking after them. If it is more, the computation was slowed
+posting, copying, testing them. If it is more, the computation was slowed
 down when it was timed alone, or ranks wait for one that has more to do. Where
 rounds contradict each other, because other programs use the cores, this is said
 instead of a figure; so it is where messages are too short to be worth hiding.
@@ -176,7 +176,7 @@ def _messages_parser(commands: Any, form: dict[str, Any]) -> None:
 
 def _picture_options(parser: argparse.ArgumentParser, step: str) -> None:
     parser.add_argument("--timeline", action="store_true",
-                        help=f"draw {step}: when each rank computed, waited, and had messages on their way")
+                        help=f"draw {step}: when each rank computed, waited, and had messages in flight")
     parser.add_argument("--trace", metavar="FILE.json",
                         help=f"write {step} as a trace for https://ui.perfetto.dev: every tile, wait and message")
     parser.add_argument("--svg", metavar="FILE.svg", help="write the timeline as a picture")
@@ -197,11 +197,11 @@ def _layout_options(parser: argparse.ArgumentParser) -> None:
                         help="zigzag: a rank's tiles are from both ends of the text, equal work (default); "
                              "contiguous: from one place, unequal work, the same bits")
     parser.add_argument("--recompute", default="none", metavar="|".join(RECOMPUTE),
-                        help="what the backward computes anew instead of finding it kept: nothing (default), the "
-                             "attention parts, everything but the layers' inputs; the same bits")
+                        help="what the backward recomputes instead of finding it kept: nothing (default), the "
+                             "attention sub-layers, everything but the layers' inputs; the same bits")
     parser.add_argument("--stack", type=int, metavar="K",
                         help="tiles that go through an operation at a time (chosen by their size): fewer take less "
-                             "memory and look after messages more often, more take less Python; the same bits")
+                             "memory and let messages progress more often, more take less Python; the same bits")
 
 
 def _backend_options(parser: argparse.ArgumentParser) -> None:
@@ -215,8 +215,8 @@ def _backend_options(parser: argparse.ArgumentParser) -> None:
 
 def _travel_options(parser: argparse.ArgumentParser, link: str) -> None:
     parser.add_argument("--progress", default="poll", metavar="|".join(PROGRESS),
-                        help="who helps messages on while NumPy computes: nobody until a wait; this rank, between "
-                             "tiles (default); a second thread")
+                        help="who progresses messages while NumPy computes: nobody until a wait; this rank, between "
+                             "stacks of tiles (default); a second thread")
     parser.add_argument("--link", metavar="BANDWIDTH,LATENCY",
                         help=f"a slower link than there is, as 200MB/s,50us: the same bits, later; {link}")
     parser.add_argument("--link-shared", action="store_true", help="one link for all of a rank's peers, not one each")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Entry(NamedTuple):
-    """What messages are counted by. The phase is (part of the model, direction), as its caller names it."""
+    """What messages are counted by. The phase is (sub-layer, direction), as its caller names it."""
 
     verb: str  # "send" or "receive"
     phase: tuple[str, str]
@@ -28,11 +28,11 @@ class Ledger:
         self.entries[entry] = messages + 1, size + nbytes
 
     def sums(
-        self, verb: str, tag: str | None = None, peer: int | None = None, part: str | None = None,
+        self, verb: str, tag: str | None = None, peer: int | None = None, sublayer: str | None = None,
         direction: str | None = None
     ) -> tuple[int, int]:
-        """Messages and bytes of a verb; of one tag, peer, part of the model or direction, if named."""
+        """Messages and bytes of a verb; of one tag, peer, sub-layer or direction, if named."""
         chosen = [sums for entry, sums in self.entries.items()
                   if entry.verb == verb and tag in (None, entry.tag) and peer in (None, entry.peer)
-                  and part in (None, entry.phase[0]) and direction in (None, entry.phase[1])]
+                  and sublayer in (None, entry.phase[0]) and direction in (None, entry.phase[1])]
         return sum(messages for messages, _ in chosen), sum(size for _, size in chosen)

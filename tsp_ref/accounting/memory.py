@@ -38,7 +38,7 @@ class Memory:
 
     @property
     def phase(self) -> Phase:
-        """The phase in whose books a peak is entered."""
+        """The phase that a peak is entered under."""
         return self._phase
 
     @phase.setter

@@ -1,4 +1,4 @@
-"""Where in a step a rank is: the phase by which messages, memory and work are kept in the books."""
+"""Where in a step a rank is: the phase that messages, memory and work are accounted under."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import wraps
 from typing import ParamSpec, Protocol, TypeAlias, TypeVar, cast
 
 Phase: TypeAlias = tuple[str, str]
-"""(part, direction): embedding, attention, mlp, head, loss, gains, optimizer or model; forward or backward."""
+"""(sub-layer, direction): embedding, attention, mlp, head, loss, gains, optimizer or model; forward or backward."""
 
 OUTSIDE: Phase = ("", "")
 """Before, between and after steps."""
@@ -17,13 +17,13 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-class Books(Protocol):
-    """What keeps books by phase: a model, and the communicator or mesh beside it."""
+class Account(Protocol):
+    """What counts by phase: a model, and the communicator or mesh beside it."""
 
     phase: Phase
 
 
-def phase(part: str, direction: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+def phase(sublayer: str, direction: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
     """Everything that the decorated function sends, holds and computes belongs to this phase.
 
     The function's first arguments, given by place, are the model, or a communicator and the model. A forward that is
@@ -35,16 +35,16 @@ def phase(part: str, direction: str) -> Callable[[Callable[Arguments, Result]], 
 
         @wraps(function)
         def within(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
-            books = cast("tuple[Books, ...]", arguments[:keepers])
-            before = [book.phase for book in books]
-            here = (part, "backward" if before[-1][1] == "backward" else direction)
-            for book in books:
-                book.phase = here
+            accounts = cast("tuple[Account, ...]", arguments[:keepers])
+            before = [account.phase for account in accounts]
+            here = (sublayer, "backward" if before[-1][1] == "backward" else direction)
+            for account in accounts:
+                account.phase = here
             try:
                 return function(*arguments, **named)
             finally:
-                for book, was in zip(books, before):
-                    book.phase = was
+                for account, was in zip(accounts, before):
+                    account.phase = was
 
         return within
 

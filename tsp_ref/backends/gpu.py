@@ -132,7 +132,7 @@ class CupyBackend(Backend):
         return self._event(self._copies)
 
     def _event(self, stream: Any) -> Any:
-        # The device is current for a thread, and a thread that helps messages on has not chosen any.
+        # The device is current for a thread, and a thread that progresses messages has not chosen any.
         with self._device:
             event = self._cuda.Event(disable_timing=True)
             event.record(stream)

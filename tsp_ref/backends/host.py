@@ -32,7 +32,7 @@ class Backend:
         return made
 
     def synchronise(self) -> None:
-        """Wait until everything is done that was launched. NumPy has nothing under way."""
+        """Wait until everything is done that was launched: with NumPy, at once."""
 
     def describe(self) -> str:
         """What computes, in a line."""
@@ -43,7 +43,7 @@ class Backend:
         return None
 
     def counted(self, memory: Memory, work: Work) -> Backend:
-        """The same library, whose arrays and products all enter themselves in these books; a `UserError` where it
+        """The same library, whose arrays and products all enter themselves in these accounts; a `UserError` where it
         cannot."""
         return Backend(CountedNumpy(memory, work))
 

@@ -64,7 +64,7 @@ class Communicator(ABC):
         self.process_on_node = (0, 1)  # this process's number on its machine, and how many of this job are there
         self.ranks_in_process = 1
         self._open: dict[int, Request] = {}
-        self._lock: AbstractContextManager[Any] = nullcontext()  # a real one where a second thread helps
+        self._lock: AbstractContextManager[Any] = nullcontext()  # a real one where a second thread progresses messages
 
     @property
     def phase(self) -> tuple[str, str]:
@@ -100,7 +100,7 @@ class Communicator(ABC):
         return getattr(tag, "sublayer", sublayer), direction
 
     def travel_by(self, progress: str, link: Link | None) -> None:
-        """How messages are to travel from now on: who helps them on (one of PROGRESS), and over which link."""
+        """How messages are to travel from now on: who progresses them (one of PROGRESS), and over which link."""
         if progress not in PROGRESS:
             raise UserError(f"--progress {progress} is unknown: use one of {', '.join(PROGRESS)}")
         self.progress_mode, self.link = progress, link
@@ -117,7 +117,7 @@ class Communicator(ABC):
         return 0
 
     def progress(self, block: int, slot: int, tiles: int = 1) -> None:
-        """Let messages in flight move on, if that is asked for (`--progress poll`): the work on a stack of tiles
+        """Let messages in flight progress, if that is asked for (`--progress poll`): the work on a stack of tiles
         begins, whose first slot is `slot`.
 
         MPI moves a large message only inside its own calls: one that was posted and then left alone for a computation
@@ -139,7 +139,7 @@ class Communicator(ABC):
         return request.done
 
     def is_here(self, request: Request) -> bool:
-        """Whether the message is known to be complete; asks anew unless nobody is to help messages on."""
+        """Whether the message is known to be complete; it is tested unless messages are to progress in waits only."""
         return request.done if self.progress_mode == "wait" else self.Test(request)
 
     def Wait(self, request: Request) -> None:
@@ -170,7 +170,7 @@ class Communicator(ABC):
             if self.timeline is not None and not polls:
                 self.timeline.wait(began)
             if self.link is not None:
-                # A wait moves every message on, not only those waited for: so does one inside MPI.
+                # A wait progresses every message, not only those waited for: so does one inside MPI.
                 for request in list(self._open.values()):
                     self._advance(request)
             on_the_link = [request.ready for request in requests if request.arrived]

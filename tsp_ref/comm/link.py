@@ -2,7 +2,7 @@
 
 It delays only when a message counts as complete; the bytes themselves have travelled. Nothing else is changed, so no
 bit is, and no processor time is used. The link starts with a message when this rank notices that its bytes are there:
-as on a real network, a message that nobody helps on its way waits for somebody to do so.
+as on a real network, a message makes no progress while nobody sees to it.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class Axis(Communicator):
         return self.whole.Irecv(array, self._member(source, "receive"), tag, block)
 
     def progress(self, block: int, slot: int, tiles: int = 1) -> None:
-        """Let messages in flight move on, those of other axes too."""
+        """Let messages in flight progress, those of other axes too."""
         self.whole.progress(block, slot, tiles)
 
     def Test(self, request: Request) -> bool:
@@ -86,7 +86,7 @@ class Mesh:
     tokens: Communicator
 
     def progress(self, block: int, slot: int, tiles: int = 1) -> None:
-        """Let messages in flight move on, along both axes."""
+        """Let messages in flight progress, along both axes."""
         self.whole.progress(block, slot, tiles)
 
     @property

@@ -26,7 +26,7 @@ from .request import Request
 from .staging import Device, DeviceTransport, StagedTransport, Transport
 
 RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
-HELP_EVERY = 200e-6  # seconds between two looks of a thread that helps messages on
+LOOK_EVERY = 200e-6  # seconds between two looks of a thread that progresses messages
 BACK_OFF = 2.5e-6  # seconds by which a pause is longer than the pause before it
 LONGEST_PAUSE = 1e-3  # seconds
 PATIENCE = 5000  # looks, some milliseconds, after which a rank that has a core to itself sleeps, too
@@ -74,7 +74,7 @@ class MPICommunicator(Communicator):
         node.Free()
 
     def travel_by(self, progress: str, link: Link | None) -> None:
-        """With `thread`, a second thread of this rank looks after messages while NumPy computes, and Python is free."""
+        """With `thread`, a second thread of this rank progresses messages while NumPy computes, and Python is free."""
         super().travel_by(progress, link)
         if progress == "thread":
             level = self._library.Query_thread()
@@ -82,14 +82,14 @@ class MPICommunicator(Communicator):
                 raise UserError(f"--progress thread needs an MPI that lets two threads call it, and this one gives "
                                 f"thread level {level} of {self._library.THREAD_MULTIPLE}: use --progress poll")
             self._lock = threading.RLock()
-            threading.Thread(target=self._help_on, daemon=True).start()
+            threading.Thread(target=self._keep_progressing, daemon=True).start()
 
-    def _help_on(self) -> None:
+    def _keep_progressing(self) -> None:
         while self.progress_mode == "thread":
-            self._look_after_all()
-            time.sleep(HELP_EVERY)
+            self._progress_all()
+            time.sleep(LOOK_EVERY)
 
-    def _look_after_all(self) -> None:
+    def _progress_all(self) -> None:
         for request in list(self._open.values()):
             try:
                 self._advance(request)

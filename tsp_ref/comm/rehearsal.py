@@ -16,15 +16,15 @@ def replay(comm: Communicator, script: list[Event], xp: Namespace = np) -> None:
     """Post and wait for the same messages in the same order, from memory of the same kind, with nothing computed in
     between."""
     idle: defaultdict[tuple[str, int], list[Array]] = defaultdict(list)  # buffers by verb and size, used again
-    under_way: dict[int, Request] = {}
+    in_flight: dict[int, Request] = {}
     for event in script:
         if event.what == "post":
             spare = idle[event.verb, event.size]
             buffer = spare.pop() if spare else xp.zeros(event.size, dtype=np.uint8)
             start = comm.Isend if event.verb == "send" else comm.Irecv
-            under_way[event.request] = start(buffer, event.peer, event.tag)
-        elif event.what == "wait" and event.request in under_way:
-            request = under_way.pop(event.request)
+            in_flight[event.request] = start(buffer, event.peer, event.tag)
+        elif event.what == "wait" and event.request in in_flight:
+            request = in_flight.pop(event.request)
             comm.Wait(request)
             idle[request.verb, request.array.nbytes].append(request.array)
 

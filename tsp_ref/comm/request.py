@@ -11,7 +11,7 @@ from ..errors import MessageError
 
 @dataclass
 class Request:
-    """One message under way. It keeps its array alive and belongs to the communicator that made it."""
+    """One message in flight. It keeps its array alive and belongs to the communicator that made it."""
 
     verb: str  # "send" or "receive"
     array: Array
@@ -19,9 +19,9 @@ class Request:
     peer: int
     tag: int
     handle: Any = None
-    arrived: bool = False  # the bytes are here, or have left
+    arrived: bool = False  # the bytes are here, or are sent
     ready: float = 0.0  # when an emulated link is through with it
-    error: MessageError | None = None  # what a thread that helped it on met
+    error: MessageError | None = None  # what a second thread met that progressed it
     noticed: bool = False  # that it is complete, for the timeline
     done: bool = False
     block: int | None = None  # that the message is about

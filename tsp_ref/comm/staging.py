@@ -2,7 +2,7 @@
 
 A kernel is launched and runs later, so an array that is posted may still have to be computed, and one that is received
 into may still have to be read. So each message begins with a mark: all that was launched before its post. Nothing here
-waits for it. What cannot go on yet is put off, and moved on whenever any message is tested:
+waits for it. What cannot start yet is deferred, and started when it can be, whenever any message is tested:
 
     send       mark -> copied to pinned memory, on a second stream that waits for the mark -> MPI -> complete
     receive    MPI, into pinned memory -> copied to the device, on that stream, after the mark -> complete
@@ -11,8 +11,8 @@ waits for it. What cannot go on yet is put off, and moved on whenever any messag
 A receive is complete when its copy is done, so that whatever is launched then finds it there. Messages of one peer and
 tag start in the order of their posts, whatever lies where.
 
-Pinned memory is the host's, and no array of the model's, so it is not in the books of memory (`memory.py`), which are
-those of the device; what of it is in use is counted here, and `train` shows its peak.
+Pinned memory is the host's, and no array of the model's, so it is not in the account of memory (`memory.py`), which
+is that of the device; what of it is in use is counted here, and `train` shows its peak.
 """
 
 from __future__ import annotations
@@ -109,17 +109,17 @@ class DeviceTransport(Transport):
     def __init__(self, wire: Wire, device: Device) -> None:
         super().__init__(wire)
         self.device = device
-        self._put_off: dict[tuple[str, int, int], deque[Request]] = {}
+        self._deferred: dict[tuple[str, int, int], deque[Request]] = {}
 
     def post(self, request: Request) -> None:
-        """Prepare a message, and start it if it may start and none is put off that was posted before it."""
+        """Prepare a message, and start it if it may start and none is deferred that was posted before it."""
         request.handle = self._prepare(request) if self.device.owns(request.array) else Journey(request.array)
-        self._put_off.setdefault((request.verb, request.peer, int(request.tag)), deque()).append(request)
-        self._move_on()
+        self._deferred.setdefault((request.verb, request.peer, int(request.tag)), deque()).append(request)
+        self._start_deferred()
 
     def test(self, request: Request) -> bool:
         """Whether it is complete. Starts whatever may start: others may wait for a message that nobody asks about."""
-        self._move_on()
+        self._start_deferred()
         journey: Journey = request.handle
         if journey.handle is None:
             return False
@@ -134,13 +134,13 @@ class DeviceTransport(Transport):
         request.handle = None  # with its pinned memory
         return True
 
-    def _move_on(self) -> None:
-        for key, queue in list(self._put_off.items()):
+    def _start_deferred(self) -> None:
+        for key, queue in list(self._deferred.items()):
             while queue and _done(queue[0].handle.ready):
                 request = queue.popleft()
                 request.handle.handle = self.wire.begin(request, request.handle.buffer)
             if not queue:
-                del self._put_off[key]
+                del self._deferred[key]
 
     def _prepare(self, request: Request) -> Journey:
         """A journey in which MPI is handed the array itself, when what was launched before is done."""

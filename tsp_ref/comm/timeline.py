@@ -1,4 +1,4 @@
-"""What a rank does during a step, and when: it computes or it waits, while messages are on their way.
+"""What a rank does during a step, and when: it computes or it waits, while messages are in flight.
 
 During the step only marks are made, a tuple each: that costs next to nothing. What lay between them is worked out
 afterwards. Where nothing is recorded, a communicator's `timeline` is None.
@@ -22,7 +22,7 @@ class Span(NamedTuple):
     begin: float  # seconds
     end: float
     what: str  # "compute" or "wait"
-    part: str
+    sublayer: str
     direction: str
     block: int = NONE  # that a stack of tiles was computed with; NONE between stacks
     slot: int = NONE  # the first of the stack
@@ -39,7 +39,7 @@ class Message(NamedTuple):
     peer: int
     tag: str
     size: int  # bytes
-    part: str
+    sublayer: str
     direction: str
 
 
@@ -84,7 +84,7 @@ class Lane:
 class Timeline:
     """The marks of one rank, in the order in which they were made: what happens, when, and what is to be known of it.
 
-    A request is named by its id, so that its array is not kept: among those under way an id is unique.
+    A request is named by its id, so that its array is not kept: among those in flight an id is unique.
 
     The times are Python's. A GPU works on after a launch: then "compute" is when work was launched, and what the GPU is
     still busy with shows as a wait, for the messages that depend on it.
@@ -124,19 +124,19 @@ class Timeline:
         spans: list[Span] = []
         messages: list[Message] = []
         latest: dict[int, int] = {}  # the message that a request's id last stood for
-        under_way: dict[int, int] = {}
+        in_flight: dict[int, int] = {}
         phase = self.marks[0][2]
         span = Span(self.marks[0][1], 0.0, "compute", *phase)
         for what, at, *more in self.marks:
             if what == "post":
-                key, (part, direction), verb, peer, tag, size = more
-                latest[key] = under_way[key] = len(messages)
-                messages.append(Message(at, self.marks[-1][1], verb, peer, getattr(tag, "name", str(tag)), size, part,
-                                        direction))
+                key, (sublayer, direction), verb, peer, tag, size = more
+                latest[key] = in_flight[key] = len(messages)
+                name = getattr(tag, "name", str(tag))
+                messages.append(Message(at, self.marks[-1][1], verb, peer, name, size, sublayer, direction))
                 continue
             if what == "complete":
-                if more[0] in under_way:  # noticed for the first time
-                    number = under_way.pop(more[0])
+                if more[0] in in_flight:  # noticed for the first time
+                    number = in_flight.pop(more[0])
                     messages[number] = messages[number]._replace(end=at)
                 continue
             if what == "resume":
@@ -144,8 +144,8 @@ class Timeline:
             if at > span.begin:
                 spans.append(span._replace(end=at))
             phase, block, slot, tiles = more if what == "compute" else (phase, NONE, NONE, 1)
-            part, direction = phase
-            span = Span(at, at, "wait" if what == "wait" else "compute", part, direction, block, slot, tiles=tiles)
+            sublayer, direction = phase
+            span = Span(at, at, "wait" if what == "wait" else "compute", sublayer, direction, block, slot, tiles=tiles)
         return Lane(rank, spans, messages)
 
 

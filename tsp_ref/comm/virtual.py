@@ -44,7 +44,7 @@ class VirtualCommunicator(Communicator):
         self.ranks_in_process = world.size
 
     def travel_by(self, progress: str, link: Link | None) -> None:
-        """As for real ranks, but only one virtual rank runs at a time, so no thread can help it."""
+        """As for real ranks, but only one virtual rank runs at a time, so there is nothing for a second thread."""
         if progress == "thread":
             raise UserError("--progress thread is for real ranks: use mpirun, or --progress poll")
         super().travel_by(progress, link)

@@ -137,7 +137,7 @@ def _run(comm: Communicator, plan: Plan, run: Callable[[Communicator], Result], 
 
 
 def _measure(config: Config, plan: Plan, text: Text, comm: Communicator) -> tuple[Row, Peak]:
-    """Train, counted, and take what the books say."""
+    """Train, counted, and take the accounts' figures."""
     before = _sent(comm)
     training = Training(config, comm, plan, text, np)
     for _ in range(config.steps):
@@ -147,10 +147,10 @@ def _measure(config: Config, plan: Plan, text: Text, comm: Communicator) -> tupl
     mine = np.array([memory.model_state_peak, training.kept_bytes, memory.total_peak, sent[0, 1], sent[1, 1],
                      sent[0, 0] + sent[1, 0], training.model.work.total], dtype=np.int64)
     phase, held = max(memory.peaks.items(), key=lambda item: sum(item[1].values()))
-    books = np.array(all_gather(comm, mine))  # [N, 7]
-    state, activations, peak, forward, backward, messages, work = (int(value) for value in books.max(axis=0))
+    figures = np.array(all_gather(comm, mine))  # [N, 7]
+    state, activations, peak, forward, backward, messages, work = (int(value) for value in figures.max(axis=0))
     row = Row(plan.schedule, plan.mesh, digest(training), state, activations, peak, forward, backward, messages,
-              balance=work / float(books[:, -1].mean()))
+              balance=work / float(figures[:, -1].mean()))
     return row, _largest_peak(comm, phase, held)
 
 
@@ -162,8 +162,8 @@ def _sent(comm: Communicator) -> Array:
 def _largest_peak(comm: Communicator, phase: Phase, held: dict[str, int]) -> Peak:
     """The peak of the rank that held most, on every rank."""
     rows = [json.loads(text) for text in gather_texts(comm, json.dumps([sum(held.values()), phase, held]))]
-    _, (part, direction), kinds = max(rows, key=lambda row: int(row[0]))
-    return Peak((part, direction), kinds)
+    _, (sublayer, direction), kinds = max(rows, key=lambda row: int(row[0]))
+    return Peak((sublayer, direction), kinds)
 
 
 def _time(console: Console, comm: Communicator, config: Config, plans: list[Plan], text: Text) -> list[float]:

@@ -1,1 +1,1 @@
-"""What a step must send, hold and compute, from the sizes alone: closed formulas that the books are compared with."""
+"""What a step must send, hold and compute, from the sizes alone: closed formulas that the accounts must agree with."""

@@ -38,7 +38,7 @@ def model_state_bytes(config: Config, grid: Grid | None = None) -> int:
 def activation_bytes(config: Config, grid: Grid | None = None, recompute: str = "none", folded: bool = False) -> int:
     """What the forward of a whole batch keeps for its backward on this rank. Without a grid, in one process.
 
-    For each of its tokens and layers the input of the attention part (h) and, unless `full`, of the MLP (h); for the
+    For each of its tokens and layers the input of the attention (h) and, unless `full`, of the MLP (h); for the
     head its input (h) and a log-sum-exp (1). For each of its tokens, layers and blocks that it computes with, unless
     they are recomputed: queries and the heads' output (2·h/G), keys and values (2·K·e/G), a log-sum-exp for each head
     (H/G); gate and up (2·f/G), unless `full`.

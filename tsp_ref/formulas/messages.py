@@ -1,4 +1,4 @@
-"""What every rank sends in a step, by part, direction and purpose: exactly, for any N, mesh and layout.
+"""What every rank sends in a step, by sub-layer, direction and purpose: exactly, for any N, mesh and layout.
 
 The unit is an element of the model's dtype. Let N be the ranks of an axis, c_r the blocks of its rank r and k_r its
 slots, and let a rank's pieces be the maximal subtrees that its leaves fill (`tree.cover`): one where N is a power of
@@ -45,7 +45,7 @@ class Traffic:
 
 
 Step: TypeAlias = "dict[tuple[str, str, Tag], Traffic]"
-"""(part, direction, purpose) -> what is sent in one training step."""
+"""(sub-layer, direction, purpose) -> what is sent in one training step."""
 
 
 def messages_of(count: int, size: int) -> Traffic:
@@ -107,7 +107,7 @@ class Axes:
         return Traffic(sum(map(bool, pieces)) * blocks, sum(pieces) * blocks * size)
 
     def reduce(self, size: int, total: int, own: int) -> Traffic:
-        """Of `total` blocks' gradients, all but the `own` that this rank sums leave it, in pieces."""
+        """Of `total` blocks' gradients, all but the `own` that this rank sums are sent to who sums them, in pieces."""
         return messages_of((total - own) * self.slot_pieces, size)
 
     def gather_totals(self, size: int, own: int) -> Traffic:
@@ -132,7 +132,7 @@ class Axes:
 
 
 def tsp_step(config: Config, grid: Grid) -> Step:
-    """TSP: weights travel forward and again backward, keys and values likewise, gradients go home."""
+    """TSP: weights travel forward and again backward, keys and values likewise, gradients to their owners."""
     sizes, axes, layers = Sizes(config), Axes(grid), config.num_layers
     blocks, own = config.blocks, len(grid.blocks)
     keys_values = axes.gather_keys_values(sizes.keys_values, blocks)
@@ -194,14 +194,14 @@ def mesh_step(config: Config, grid: Grid) -> Step:
 def step_messages(schedule: str, config: Config, grid: Grid, recompute: str = "none") -> Step:
     """What the rank whose grid this is sends in one training step under a schedule; zeros are left out.
 
-    What is recomputed travels once more, in the backward of its part: attention, and for `full` the MLP too.
+    What is recomputed travels once more, in the backward of its sub-layer: attention, and for `full` the MLP too.
     """
     plain = tsp_step(config, grid) if schedule == "tsp" else mesh_step(config, grid)
     again = {"none": (), "attention": ("attention",), "full": ("attention", "mlp")}[recompute]
     step: defaultdict[tuple[str, str, Tag], Traffic] = defaultdict(Traffic, plain)
-    for (part, direction, purpose), traffic in plain.items():
-        if direction == "forward" and part in again:
-            step[part, "backward", purpose] += traffic
+    for (sublayer, direction, purpose), traffic in plain.items():
+        if direction == "forward" and sublayer in again:
+            step[sublayer, "backward", purpose] += traffic
     return {key: traffic for key, traffic in step.items() if traffic.messages}
 
 
@@ -229,14 +229,14 @@ def closed_layer(schedule: str, direction: str, config: Config, weights: Place, 
     def others(axis: Place) -> Fraction:
         return Fraction(axis.size - 1, axis.size)
 
-    home = keys_values * Fraction(2 * (tokens.size - 1) - tokens.rank, 2 * tokens.size)
+    scattered = keys_values * Fraction(2 * (tokens.size - 1) - tokens.rank, 2 * tokens.size)
     if tokens.size == 1:
-        home = Fraction(0)
+        scattered = Fraction(0)
     if schedule == "tsp":
         travelling = (keys_values + weights_of_layer) * others(tokens)
-        return travelling if direction == "forward" else travelling + home + weights_of_layer * others(tokens)
+        return travelling if direction == "forward" else travelling + scattered + weights_of_layer * others(tokens)
     sums = Fraction(4 * tokens_h, tokens.size) * others(weights)
     exchanged = keys_values / weights.size * others(tokens)
     if direction == "forward":
         return sums + exchanged
-    return sums + exchanged + home / weights.size + 2 * weights_of_layer / weights.size * others(tokens)
+    return sums + exchanged + scattered / weights.size + 2 * weights_of_layer / weights.size * others(tokens)

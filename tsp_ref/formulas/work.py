@@ -8,14 +8,14 @@ from ..ops import attention as tile
 
 
 def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool = False) -> dict[tuple[str, str], int]:
-    """FLOPs by (part, direction). folded: TSP, where a rank computes with all blocks, not only with its own.
+    """FLOPs by (sub-layer, direction). folded: TSP, where a rank computes with all blocks, not only with its own.
 
     A product of a token with a matrix of E elements costs 2·E forward and 4·E backward (for the token's gradient and
     for the matrix's). Attention multiplies each query with the n keys that its tile sees, masked ones of its own tile
     included: scores and values, 2 products of 2·e·n forward; backward the scores again and four more, of which two have
     one column more than e. (A tile of several strips of queries is spared what the later strips' keys would cost the
     earlier. The backward takes a tile's own keys d at a time and is spared s·(s-d)/2.) The embedding
-    forward is a lookup, its backward a product with a one-hot matrix; the head's backward computes the logits again.
+    forward is a lookup, its backward a product with a one-hot matrix; the head's backward recomputes the logits.
     """
     blocks = config.blocks if folded else len(grid.blocks)
     tokens = config.batch_size * config.tile_len * len(grid.slots)
@@ -42,6 +42,6 @@ def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool
             2 * tokens * (qkv + out) + (5 * query + 2 * query // config.head_dim) * backward_pairs),
         ("embedding", "backward"): 2 * blocks * tokens * table,
     }
-    for part in {"none": (), "attention": ("attention",), "full": ("attention", "mlp")}[recompute]:
-        flops[part, "backward"] += forward[part]
+    for sublayer in {"none": (), "attention": ("attention",), "full": ("attention", "mlp")}[recompute]:
+        flops[sublayer, "backward"] += forward[sublayer]
     return flops

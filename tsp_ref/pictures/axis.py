@@ -1,4 +1,4 @@
-"""What the pictures share: parts of the model with their letters and colours, and the marks of a time axis."""
+"""What the pictures share: sub-layers with their letters and colours, and the marks of a time axis."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..comm.timeline import Lane, Span
 
 @dataclass(frozen=True)
 class Look:
-    """How a part of the model is shown: its letter, and its colours in a terminal and on paper."""
+    """How a sub-layer is shown: its letter, and its colours in a terminal and on paper."""
 
     name: str
     letter: str
@@ -32,11 +32,11 @@ LOOKS = {
 
 def look_of(span: Span) -> Look:
     """How what a span computed is shown."""
-    return LOOKS.get(span.part, OTHER)
+    return LOOKS.get(span.sublayer, OTHER)
 
 
 def letter_of(span: Span) -> str:
-    """The part's letter: a capital in the forward, a small one in the backward."""
+    """The sub-layer's letter: a capital in the forward, a small one in the backward."""
     letter = look_of(span).letter
     return letter.lower() if span.direction == "backward" else letter
 

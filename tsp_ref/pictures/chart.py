@@ -65,7 +65,7 @@ def _axis(milliseconds: float, label: int, columns: int) -> Text:
 
 def _legend(lanes: list[Lane]) -> list[Text]:
     above = [*((look.letter, look.name) for look in looks_in(lanes)), ("", "small: backward")]
-    below = [("W", "waits"), ("w", "waits for a tenth of the time"), ("~", "messages on their way to this rank")]
+    below = [("W", "waits"), ("w", "waits for a tenth of the time"), ("~", "messages in flight to this rank")]
     lines = []
     for name, entries in (("computes", above), ("waits", below)):
         line = Text(f"{name}: ")

@@ -47,7 +47,7 @@ def _lane(lane: Lane, found: list[Pair], scale: float) -> list[str]:
         *(_bars(bars, y, BAR, scale, f'fill="{look.paper}"' + ("" if backward else f" {FORWARD}"),
                 f"{look.name} {'backward' if backward else 'forward'}") for (look, backward), bars in kinds.items()),
         _bars(waits, y + BAR + 1, STRIP, scale, f'fill="{WAIT}"', "waits"),
-        _bars(messages, y + BAR + STRIP + 2, STRIP, scale, f'fill="{MESSAGE}"', "messages on their way to this rank"),
+        _bars(messages, y + BAR + STRIP + 2, STRIP, scale, f'fill="{MESSAGE}"', "messages in flight to this rank"),
         f'<text x="{WIDTH - RIGHT + 8}" y="{y + 13}">computes {lane.share("compute"):.0%}</text>',
         f'<text x="{WIDTH - RIGHT + 8}" y="{y + 28}" fill="{WAIT}">waits {lane.share("wait"):.0%}</text></g>',
     ]
@@ -79,11 +79,11 @@ def _axis(milliseconds: float, bottom: int) -> list[str]:
 
 def _legend(looks: list[Look], y: int) -> list[str]:
     entries = [(f'fill="{look.paper}"', look.name) for look in looks]
-    entries += [(f'fill="{WAIT}"', "waits"), (f'fill="{MESSAGE}"', "messages on their way to this rank")]
+    entries += [(f'fill="{WAIT}"', "waits"), (f'fill="{MESSAGE}"', "messages in flight to this rank")]
     lines, x = [], LEFT
     for style, name in entries:
         lines.append(f'<rect x="{x}" y="{y - 9}" width="10" height="10" {style}/>'
                      f'<text x="{x + 14}" y="{y}">{name}</text>')
         x += 32 + 7 * len(name)
-    return [*lines, f'<text x="{LEFT}" y="{y + 18}">pale: forward; full colour: backward, what it computes anew '
-                    'included. A message is on its way since both ends have posted it.</text>']
+    return [*lines, f'<text x="{LEFT}" y="{y + 18}">pale: forward; full colour: backward, what it recomputes '
+                    'included. A message is in flight since both ends have posted it.</text>']

@@ -41,8 +41,8 @@ def _names(lane: Lane) -> list[Event]:
 
 def _span(lane: Lane, span: Span) -> Event:
     begin = _microseconds(span.begin)
-    name = f"{span.part} {span.direction}".strip() or "other"
-    arguments: Event = {"part": span.part, "direction": span.direction}
+    name = f"{span.sublayer} {span.direction}".strip() or "other"
+    arguments: Event = {"sublayer": span.sublayer, "direction": span.direction}
     if span.what == "wait":
         name = f"wait: {_name(lane.messages[span.message])}" if span.message >= 0 else "other ranks' turns"
     elif span.block >= 0:
@@ -55,7 +55,8 @@ def _span(lane: Lane, span: Span) -> Event:
 
 def _message(rank: int, message: Message, number: int) -> list[Event]:
     event = {"name": _name(message), "cat": "message", "id": hex(number)} | _place(rank)
-    arguments = {"bytes": message.size, "peer": message.peer, "part": message.part, "direction": message.direction}
+    arguments = {"bytes": message.size, "peer": message.peer, "sublayer": message.sublayer,
+                 "direction": message.direction}
     return [event | {"ph": "b", "ts": _microseconds(message.begin), "args": arguments},
             event | {"ph": "e", "ts": _microseconds(message.end)}]
 

@@ -28,7 +28,7 @@ class Plan:
     schedule   one of SCHEDULES
     mesh       "TxΣ", ranks for weights by ranks for tokens, of tp+sp; None: as square as N allows
     layout     zigzag or contiguous: which tiles a rank holds
-    recompute  none, attention or full: what the backward computes anew
+    recompute  none, attention or full: what the backward recomputes
     counted    count every array and every matrix product: for measuring, slower
     stack      how many tiles go through an operation at a time; None: chosen by their size
     """
