@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from functools import cache
 from unittest import mock
 
@@ -14,11 +15,9 @@ import within
 from cases import single_training
 
 from tsp_ref.comm.control import gather_texts
-from tsp_ref.grid.tree import Tree
 from tsp_ref.model.config import make_config
 from tsp_ref.process import jobs
 from tsp_ref.process.jobs import ROOT, TEXT, begin, collect, end, mpirun
-from tsp_ref.schedules import collectives
 from tsp_ref.training.collect import digest
 from tsp_ref.training.data import load_text
 
@@ -147,20 +146,28 @@ def test_verify_is_green_under_another_schedule(comm, schedule):
 
 
 BROKEN_TREE = """
+from tsp_ref.grid.tree import Tree
+from tsp_ref.schedules import all_reduce, gradients, keys_values
+
 def add(self, index, partial, level=0):
     waiting = self._waiting.pop(self._root, None)
     self._waiting[self._root] = partial if waiting is None else self.merge(waiting, partial)
 
 def cover(leaves, part):
     return [Tree(leaves)._root] if part else []
+
+def reaching(model, slots, slot):
+    return [Tree(range(model.config.tiles))._root] if {*slots} & {*model.grid.readers(slot)} else []
+
+BROKEN = [(Tree, "add", add), (all_reduce, "cover", cover), (gradients, "cover", cover),
+          (keys_values, "reaching", reaching)]
 """
 
 VERIFY_WITH_BROKEN_TREE = f"""
 import sys
-from tsp_ref.schedules import collectives
-from tsp_ref.grid.tree import Tree
 {BROKEN_TREE}
-Tree.add, collectives.cover = add, cover
+for where, name, broken in BROKEN:
+    setattr(where, name, broken)
 from tsp_ref.cli import main
 sys.exit(main(["verify", *sys.argv[1:]]))
 """
@@ -180,9 +187,11 @@ def test_verify_is_red_when_the_tree_sums_in_order_of_arrival(n):
 
 @pytest.mark.ranks(4)
 def test_verify_is_red_in_float64_too(comm):
-    broken = {"Tree": Tree}
-    exec(BROKEN_TREE, broken)
-    with mock.patch.object(Tree, "add", broken["add"]), mock.patch.object(collectives, "cover", broken["cover"]):
+    names = {}
+    exec(BROKEN_TREE, names)
+    with ExitStack() as stack:
+        for broken in names["BROKEN"]:
+            stack.enter_context(mock.patch.object(*broken))
         ended = within.command("verify", *TEXT, "--dtype", "float64")
     assert ended.code == 1
     if comm.rank == 0:
