@@ -47,9 +47,9 @@ def assembled(text: Text, size: int, part: int, number: int, config: Config = CO
     for rank in range(size):
         model = Model(config, np, *folded(rank, size))
         for kind, tiles in enumerate(batch(model, text, part, number)):
-            assert list(tiles) == list(model.grid.slots)
-            for slot, tile in tiles.items():
-                assert tile.dtype == np.int64
+            assert tiles.shape == (len(model.grid.slots), config.batch_size, config.tile_len)
+            assert tiles.dtype == np.int64
+            for slot, tile in zip(model.grid.slots, tiles):
                 found[kind, :, model.grid.tokens(slot)] = tile
     assert found.min() >= 0
     return found
