@@ -260,10 +260,13 @@ def subtrees(leaves: Iterable[int]) -> int:
     return count
 
 
-def all_reduce_sends(count: int, pieces: int, rank: int, size: int) -> int:
+def all_reduce_sends(count: int, pieces: int, rank: int, size: int, in_turns: bool = False) -> int:
     """How many arrays a rank sends in an all-reduce of `count` sums, which are dealt to the ranks to be made: of those
-    that others make its pieces, of those that it makes the totals, to all others."""
-    own = len(share(count, rank, size))
+    that others make its pieces, of those that it makes the totals, to all others.
+
+    in_turns  whether sum number i is dealt to rank i modulo N; if not, each rank makes consecutive ones
+    """
+    own = len(range(rank, count, size) if in_turns else share(count, rank, size))
     return (count - own) * pieces + own * (size - 1)
 
 
