@@ -294,7 +294,7 @@ def main(comm):
 {run}
 """
 PROGRAMS = {
-    "program": dict(how="launch import start", run="sys.exit(start(main))"),
+    "program": dict(how="process.launch import start", run="sys.exit(start(main))"),
     "bare script": dict(how="comm.mpi import open_world", run="main(open_world())"),
 }
 
