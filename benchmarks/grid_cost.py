@@ -133,7 +133,7 @@ def tiled(config: Config, whole: naive.Weights, tokens: Any, targets: Any) -> Ca
 
 
 def sizes(config: Config, grid: str) -> tuple[str, str]:
-    """How many columns of the feed-forward part a block has, and how many tokens a tile."""
+    """How many columns of the MLP a block has, and how many tokens a tile."""
     blocks, tiles = map(int, grid.split("x"))
     return str(config.ffn_size // blocks), str(config.seq_len // tiles)
 

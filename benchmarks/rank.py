@@ -47,7 +47,7 @@ def main(comm: Communicator) -> int:
         return {"peak_bytes": int(max(all_gather(comm, mine))[0])}
 
     def device() -> dict[str, Any]:
-        """What the device's own pool held in one step of a new training, at most and after it, beside the books."""
+        """What the device's own pool held in one step of a new training, at most and after it, and the accounting."""
         with watched(backend) as pool:
             fresh = Training(config, comm, Plan(schedule), text, backend)
             fresh.step()

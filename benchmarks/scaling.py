@@ -7,8 +7,8 @@
 Each schedule at each number of ranks is a run of its own, started once with this environment's mpiexec. In each round
 every run takes one step, while the others sleep. A step's time is that of its slowest rank. `speedup` is the median
 over the rounds of the time on the fewest ranks of the same schedule over that on N; `over single` the same against the
-single process, which has no schedule at all. `held` is the most that a rank holds at a time, by the books of a step in
-which every array is counted, and `part` that of what the single process holds.
+single process, which has no schedule at all. `held` is the most that a rank holds at a time, by the accounting of a
+step in which every array is counted, and `part` that of what the single process holds.
 
 All runs compute the same bits; that their losses agree is checked, and if not, the exit code is 1.
 """

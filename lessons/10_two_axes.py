@@ -96,7 +96,7 @@ class Tag(IntEnum):
 
 @dataclass
 class Judge:
-    """One process that owns everything, on every rank: an MLP part, and a training step."""
+    """One process that owns everything, on every rank: an MLP sub-layer, and a training step."""
 
     weights: Parameters
     output: Array  # [T, B, s, h], by slot
@@ -111,7 +111,7 @@ class Step:
     digest   of the bits of loss, gradients, weights and moments; "" but on rank 0
     sent     all messages of the step
     weights  bytes of weights that the rank holds
-    inputs   bytes of the inputs of the two parts that it keeps
+    inputs   bytes of the inputs of the two sub-layers that it keeps
     blocks   bytes that it keeps of what is computed by blocks of weights
     """
 
@@ -146,7 +146,7 @@ def judge() -> Judge:
     return Judge(weights, output, gradients.mlp[0], step)
 
 
-# The MLP part on a mesh.
+# The MLP sub-layer on a mesh.
 
 
 def mlp_forward(mesh: Mesh, model: Model, x: Array, weights: Parameters) -> tuple[Array, Kept]:
@@ -269,11 +269,10 @@ class Position:
         return [peer for peer in peers if peer == self.rank or self.axis_to(peer) == axis]
 
     def along_weights(self) -> int:
-        """Bytes that it should send along the weights' axis in an all-reduce of its tokens: of the tiles that others
-        sum its pieces, of those that it sums the totals, to all others."""
-        own = len(self.slots[self.places[0] :: self.weight_ranks])
-        sends = (len(self.slots) - own) * subtrees(self.blocks) + own * (self.weight_ranks - 1)
-        return sends * TILE_BYTES
+        """Bytes that it should send along the weights' axis in an all-reduce of its tokens."""
+        tiles = all_reduce_sends(
+            len(self.slots), subtrees(self.blocks), self.places[0], self.weight_ranks, in_turns=True)
+        return tiles * TILE_BYTES
 
     def gradients(self) -> int:
         """Bytes that it should send along the tokens' axis for the gradients of its weights."""
@@ -340,8 +339,8 @@ def show_mesh(lesson: Lesson, mesh: Mesh, grid: Grid, where: Position) -> None:
 
 
 def show_mlp(lesson: Lesson, output: Array, where: Position, truth: Judge) -> None:
-    """What the MLP part sent, and its output."""
-    lesson.part("An MLP part")
+    """What the MLP sub-layer sent, and its output."""
+    lesson.part("An MLP sub-layer")
     lesson.say("A rank applies its blocks to its tokens: some of the G terms of each sum. The other terms are on the\n"
                "ranks that hold the same tokens and other blocks, so the all-reduce goes along the weights' axis.\n"
                "Along the tokens' axis nothing is to be sent: in an MLP no token looks at another.")
@@ -470,7 +469,7 @@ def show_holdings(lesson: Lesson, steps: dict[str, Step], tsp: Step, truth: Judg
     lesson.part("What a rank holds; and TSP on the same ranks")
     alone, total = truth.step, {**steps, "TSP": tsp}
     table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    for heading in ("", "weights", "inputs of the parts", "kept by blocks and tokens", "sent in a layer's forward"):
+    for heading in ("", "weights", "sub-layers' inputs", "kept by blocks and tokens", "sent in a layer's forward"):
         table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for name, step in total.items():
         sent = sum(size for entry, (_, size) in step.sent.items()

@@ -95,7 +95,7 @@ def plans(size: int) -> list[Plan]:
 
 
 def variants(size: int) -> list[Plan]:
-    """The same, with other tiles on each rank, and with the backward computing anew what the forward has not kept."""
+    """The same, with other tiles on each rank, and with what the forward has not kept recomputed in the backward."""
     square = "x".join(map(str, mesh_sides(None, size)))
     return [Plan("tp", recompute="full"), Plan("sp", layout="contiguous", recompute="attention"),
             Plan("tp+sp", square, layout="contiguous", recompute="full"), Plan("tsp", recompute="full"),
@@ -229,7 +229,7 @@ def show_products(lesson: Lesson) -> None:
                  all(each == wanted.tolist() for each in found))
     lesson.part("Why: one tree")
     lesson.say("Products are summed over blocks (a token's output) and over tiles (a weight's gradient). Under TP the\n"
-               "sums over blocks cross ranks, and those over tiles are made at home; under SP it is the other way\n"
+               "sums over blocks cross ranks, and those over tiles are made locally; under SP it is the other way\n"
                "round; on a mesh both cross. Under TSP blocks arrive at each rank in another order, and the sums over\n"
                "tiles cross. But who is added to whom is said by the numbers of blocks and slots alone: a partial\n"
                "waits for the one beside it. Both together leave a schedule no bit to change.")

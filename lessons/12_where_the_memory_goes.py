@@ -13,7 +13,7 @@ in blocks, and all figures are this project's.)
 
 Look at: the second table, where every fraction is that of the blocks or that of the tiles that a rank holds, or both;
 what a token costs under TP and under TSP, and that at the peak it is not only what was kept; and the last part, where
-Python's own account of a training step is set against the program's books.
+Python's own account of a training step is set against the program's accounting.
 
 Try it: with 4 ranks, give `CONFIG` eight layers (`num_layers=8`). With each token TSP's peak then grows by a smaller
 part of what TP's does: a further layer adds only what is kept of it, which TSP divides by N. (Nothing fails.)
@@ -55,12 +55,12 @@ TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Books:
-    """What the books of one rank say after a training step in which everything was counted, in bytes.
+class Accounts:
+    """What the accounts of one rank say after a training step in which everything was counted, in bytes.
 
     state      the largest that weights, gradients and moments were together
     kept       activations held between forward and backward
-    inputs     of these, the inputs of the layers' parts and of the head, with what the head keeps beside it
+    inputs     of these, the inputs of the sub-layers and of the head, with what the head keeps beside it
     in_blocks  of these, what was computed by blocks of weights
     peak       what was held when most was held, by kind; `phase` says when
     flops      floating-point operations of matrix products, by phase
@@ -88,11 +88,11 @@ class Books:
         return sum(self.peak.values())
 
 
-Measured: TypeAlias = dict[Plan, list[Books]]
-"""plan -> the books of each of its ranks."""
+Measured: TypeAlias = dict[Plan, list[Accounts]]
+"""plan -> the accounts of each of its ranks."""
 
 
-def count(comm: Communicator, config: Config, plan: Plan) -> Books:
+def count(comm: Communicator, config: Config, plan: Plan) -> Accounts:
     """One step of training, counted."""
     before, training = sent_since(comm, {}), Training(config, comm, replace(plan, counted=True), drawn_text(), np)
     model = training.model
@@ -106,8 +106,8 @@ def count(comm: Communicator, config: Config, plan: Plan) -> Books:
     for (*where, _), (_, size) in sent_since(comm, before).items():
         sent[" ".join(where)] = sent.get(" ".join(where), 0) + size
     flops = {" ".join(where): number for where, number in model.work.flops.items()}
-    return Books(model.memory.model_state_peak, kept, kept - in_blocks, in_blocks, peak, " ".join(phase), flops, sent,
-                 formulas(config, plan, training), len(model.grid.blocks), len(model.grid.slots))
+    return Accounts(model.memory.model_state_peak, kept, kept - in_blocks, in_blocks, peak, " ".join(phase), flops,
+                    sent, formulas(config, plan, training), len(model.grid.blocks), len(model.grid.slots))
 
 
 def kept_in_blocks(attention: AttentionSaved, mlp: MlpSaved) -> int:
@@ -126,14 +126,14 @@ def formulas(config: Config, plan: Plan, training: Training) -> dict[str, int]:
             "sent": sum(traffic.elements for traffic in step.values()) * itemsize(config)}
 
 
-def measure(lesson: Lesson, plan: Plan, config: Config = CONFIG) -> list[Books]:
-    """The books of every rank; of a single process, which is rank 0 alone, its."""
+def measure(lesson: Lesson, plan: Plan, config: Config = CONFIG) -> list[Accounts]:
+    """The accounts of every rank; of a single process, which is rank 0 alone, its."""
     if plan.schedule == "single":
         alone = VirtualWorld(1).communicators[0]
         text = json.dumps(asdict(count(alone, config, plan))) if lesson.rank == 0 else ""
-        return [Books(**json.loads(gather_texts(lesson.comm, text)[0]))]
+        return [Accounts(**json.loads(gather_texts(lesson.comm, text)[0]))]
     mine = json.dumps(asdict(count(lesson.comm, config, plan)))
-    return [Books(**json.loads(text)) for text in gather_texts(lesson.comm, mine)]
+    return [Accounts(**json.loads(text)) for text in gather_texts(lesson.comm, mine)]
 
 
 def plans(size: int, recompute: str) -> list[Plan]:
@@ -143,7 +143,7 @@ def plans(size: int, recompute: str) -> list[Plan]:
     return [Plan(schedule, mesh, recompute=recompute) for schedule, mesh in chosen]
 
 
-def largest(rows: list[Books], figure: Callable[[Books], int]) -> int:
+def largest(rows: list[Accounts], figure: Callable[[Accounts], int]) -> int:
     """The largest of a figure over the ranks."""
     return max(map(figure, rows))
 
@@ -167,19 +167,19 @@ def show_peaks(lesson: Lesson, measured: Measured) -> None:
     shown = {plan: rows for plan, rows in measured.items() if plan.recompute == "none"}
     one = shown[Plan("single")][0]
     for plan, rows in shown.items():
-        most = max(rows, key=lambda books: books.total)
+        most = max(rows, key=lambda accounts: accounts.total)
         table.add_row(str(plan), most.phase, *(short(most.peak[kind]) for kind in KINDS), short(most.total),
                       f"{most.total / one.total:.2f}")
     lesson.say(table)
     lesson.say("Activations are what the forward keeps for the backward; buffers, what messages lie in; working is\n"
-               "all else: what a part computes and forgets. So most is held in the backward, when nearly all that was\n"
-               "kept is still there, and a layer is at work.")
-    everything = [books for rows in measured.values() for books in rows]
-    lesson.check("all peaks are in the backward of a layer's part",
-                 {books.phase for books in everything} <= {"attention backward", "mlp backward"})
+               "all else: what a sub-layer computes and forgets. So most is held in the backward, when nearly all\n"
+               "that was kept is still there, and a layer is at work.")
+    everything = [accounts for rows in measured.values() for accounts in rows]
+    lesson.check("all peaks are in the backward of a sub-layer",
+                 {accounts.phase for accounts in everything} <= {"attention backward", "mlp backward"})
     lesson.check("at each, weights, gradients and moments are 1 : 1 : 2, and to the byte what the formula says",
-                 all([books.peak[kind] * 4 for kind in MODEL_STATE]
-                     == [books.formula["state"] * times for times in (1, 1, 2)] for books in everything))
+                 all([accounts.peak[kind] * 4 for kind in MODEL_STATE]
+                     == [accounts.formula["state"] * times for times in (1, 1, 2)] for accounts in everything))
 
 
 def show_parts(lesson: Lesson, measured: Measured) -> None:
@@ -187,9 +187,9 @@ def show_parts(lesson: Lesson, measured: Measured) -> None:
     lesson.part("Parts of what one process holds")
     lesson.say("Model state, without the norms' gains, which every rank holds; and activations kept between forward\n"
                "and backward, with recomputation of all that can be recomputed, and with none:")
-    none: dict[str, Callable[[Books], int]] = {
-        "kept, none": lambda books: books.kept, "inputs": lambda books: books.inputs,
-        "in blocks": lambda books: books.in_blocks}
+    none: dict[str, Callable[[Accounts], int]] = {
+        "kept, none": lambda accounts: accounts.kept, "inputs": lambda accounts: accounts.inputs,
+        "in blocks": lambda accounts: accounts.in_blocks}
     table = table_with("schedule", "blocks", "tiles", "model state", "kept, full", *none)
     gains = gain_bytes(CONFIG)
     one, one_full = measured[Plan("single")][0], measured[Plan("single", recompute="full")][0]
@@ -197,10 +197,10 @@ def show_parts(lesson: Lesson, measured: Measured) -> None:
         if plan.recompute == "none":
             full = measured[replace(plan, recompute="full")]
             table.add_row(
-                str(plan), part_of(largest(rows, lambda books: books.blocks), CONFIG.blocks),
-                part_of(largest(rows, lambda books: books.tiles), CONFIG.tiles),
-                part_of(largest(rows, lambda books: books.state) - gains, one.state - gains),
-                part_of(largest(full, lambda books: books.kept), one_full.kept),
+                str(plan), part_of(largest(rows, lambda accounts: accounts.blocks), CONFIG.blocks),
+                part_of(largest(rows, lambda accounts: accounts.tiles), CONFIG.tiles),
+                part_of(largest(rows, lambda accounts: accounts.state) - gains, one.state - gains),
+                part_of(largest(full, lambda accounts: accounts.kept), one_full.kept),
                 *(part_of(largest(rows, figure), figure(one)) for figure in none.values()))
     lesson.say(table)
     lesson.say("Kept with full recomputation: the layers' inputs, of a rank's tokens. With none: also what is\n"
@@ -209,35 +209,35 @@ def show_parts(lesson: Lesson, measured: Measured) -> None:
     check_parts(lesson, measured, gains)
 
 
-def beside_one(measured: Measured, recompute: str) -> Iterator[tuple[Plan, Books, Books]]:
-    """(plan, a rank's books, those of one process) for every rank of every plan."""
+def beside_one(measured: Measured, recompute: str) -> Iterator[tuple[Plan, Accounts, Accounts]]:
+    """(plan, a rank's accounts, those of one process) for every rank of every plan."""
     one = measured[Plan("single", recompute=recompute)][0]
     for plan, rows in measured.items():
         if plan.recompute == recompute:
-            yield from ((plan, books, one) for books in rows)
+            yield from ((plan, accounts, one) for accounts in rows)
 
 
 def check_parts(lesson: Lesson, measured: Measured, gains: int) -> None:
     """Exact fractions, on every rank."""
     blocks, tiles = CONFIG.blocks, CONFIG.tiles
     lesson.check("model state: one process's, times blocks held / G, on every rank", all(
-        (books.state - gains) * blocks == (one.state - gains) * books.blocks
-        for _, books, one in beside_one(measured, "none")))
+        (accounts.state - gains) * blocks == (one.state - gains) * accounts.blocks
+        for _, accounts, one in beside_one(measured, "none")))
     lesson.check("kept with full recomputation: one process's, times tiles held / T", all(
-        books.kept * tiles == one.kept * books.tiles and books.in_blocks == 0
-        for _, books, one in beside_one(measured, "full")))
+        accounts.kept * tiles == one.kept * accounts.tiles and accounts.in_blocks == 0
+        for _, accounts, one in beside_one(measured, "full")))
     lesson.check("kept with none: inputs times tiles held / T; in blocks times that times blocks met / G", all(
-        books.inputs * tiles == one.inputs * books.tiles
-        and books.in_blocks * tiles * blocks == one.in_blocks * books.tiles * met(plan, books)
-        for plan, books, one in beside_one(measured, "none")))
+        accounts.inputs * tiles == one.inputs * accounts.tiles
+        and accounts.in_blocks * tiles * blocks == one.in_blocks * accounts.tiles * met(plan, accounts)
+        for plan, accounts, one in beside_one(measured, "none")))
     lesson.check("state and both of the kept are to the byte what `tsp_ref.formulas.memory` says", all(
-        (books.state, books.kept) == (books.formula["state"], books.formula["kept"])
-        for rows in measured.values() for books in rows))
+        (accounts.state, accounts.kept) == (accounts.formula["state"], accounts.formula["kept"])
+        for rows in measured.values() for accounts in rows))
 
 
-def met(plan: Plan, books: Books) -> int:
+def met(plan: Plan, accounts: Accounts) -> int:
     """How many blocks a rank computes with: under TSP all, as they come to it."""
-    return CONFIG.blocks if plan.schedule == "tsp" else books.blocks
+    return CONFIG.blocks if plan.schedule == "tsp" else accounts.blocks
 
 
 @dataclass(frozen=True)
@@ -251,18 +251,18 @@ class Growth:
     kept_whole: Fraction
 
 
-def growth(short_rows: list[Books], long_rows: list[Books]) -> Growth:
+def growth(short_rows: list[Accounts], long_rows: list[Accounts]) -> Growth:
     """From two lengths of a sequence, the same schedule."""
     ranks = len(short_rows)
 
-    def slope(figure: Callable[[Books], int]) -> Fraction:
+    def slope(figure: Callable[[Accounts], int]) -> Fraction:
         return Fraction(sum(map(figure, long_rows)) - sum(map(figure, short_rows)),
                         ranks * (LONGER.seq_len - CONFIG.seq_len))
 
-    peak = {kind: slope(lambda books, kind=kind: books.peak[kind]) for kind in KINDS}  # type: ignore[misc]
-    start = Fraction(sum(books.total for books in short_rows), ranks) - sum(peak.values()) * CONFIG.seq_len
-    return Growth(slope(lambda books: books.kept), peak, start,
-                  Fraction(sum(books.kept for books in long_rows), ranks * LONGER.seq_len))
+    peak = {kind: slope(lambda accounts, kind=kind: accounts.peak[kind]) for kind in KINDS}  # type: ignore[misc]
+    start = Fraction(sum(accounts.total for accounts in short_rows), ranks) - sum(peak.values()) * CONFIG.seq_len
+    return Growth(slope(lambda accounts: accounts.kept), peak, start,
+                  Fraction(sum(accounts.kept for accounts in long_rows), ranks * LONGER.seq_len))
 
 
 def show_growth(lesson: Lesson, measured: Measured) -> None:
@@ -308,9 +308,10 @@ def show_recompute(lesson: Lesson, measured: Measured) -> None:
     lesson.say("TSP, the largest over the ranks, and in brackets over what it is without recomputation. Bytes held,\n"
                "or sent in a step; operations are those of a step's matrix products:")
     modes = {mode: measured[Plan("tsp", recompute=mode)] for mode in RECOMPUTE}
-    figures: dict[str, Callable[[Books], int]] = {
-        "kept": lambda books: books.kept, "at the peak": lambda books: books.total,
-        "operations": lambda books: sum(books.flops.values()), "sent": lambda books: sum(books.sent.values())}
+    figures: dict[str, Callable[[Accounts], int]] = {
+        "kept": lambda accounts: accounts.kept, "at the peak": lambda accounts: accounts.total,
+        "operations": lambda accounts: sum(accounts.flops.values()),
+        "sent": lambda accounts: sum(accounts.sent.values())}
     table = table_with("recompute", *figures)
     for mode, rows in modes.items():
         sizes = [(largest(rows, figure), largest(modes["none"], figure)) for figure in figures.values()]
@@ -322,8 +323,9 @@ def show_recompute(lesson: Lesson, measured: Measured) -> None:
                 getattr(plain, of).get(part, 0) for part in parts)
             for plain, again in zip(modes["none"], modes[mode]) for of in ("flops", "sent")))
     lesson.check("all schedules: operations and bytes sent are to the last one what `tsp_ref.formulas` says", all(
-        (sum(books.flops.values()), sum(books.sent.values())) == (books.formula["flops"], books.formula["sent"])
-        for rows in measured.values() for books in rows))
+        sum(accounts.flops.values()) == accounts.formula["flops"]
+        and sum(accounts.sent.values()) == accounts.formula["sent"]
+        for rows in measured.values() for accounts in rows))
 
 
 def traced(comm: Communicator, plan: Plan) -> int:
@@ -338,10 +340,10 @@ def traced(comm: Communicator, plan: Plan) -> int:
 
 
 def show_tracemalloc(lesson: Lesson) -> None:
-    """The books of a counted step beside Python's account of an uncounted one."""
-    lesson.part("Are the books right?")
+    """The accounts of a counted step beside Python's account of an uncounted one."""
+    lesson.part("Are the accounts right?")
     lesson.say(f"A larger model, h={LARGE.hidden_size} and S={LARGE.seq_len}, so that Python's own objects weigh "
-               "little. At the peak of a step, by\nthe books, and by tracemalloc in one in which nothing is counted:")
+               "little. At the peak of a\nstep, by its accounts, and by tracemalloc in one where nothing is counted:")
     shared = isinstance(lesson.comm, VirtualCommunicator) and lesson.size > 1
     comm: Communicator = lesson.comm
     plan, who = Plan("tsp"), list(range(lesson.size))
@@ -351,14 +353,15 @@ def show_tracemalloc(lesson: Lesson) -> None:
     mine = [count(comm, LARGE, plan).total, traced(comm, plan)] if lesson.rank in who else [0, 0]
     gathered = all_gather(lesson.comm, np.array(mine, dtype=np.int64))
     rows = [gathered[rank].tolist() for rank in who]
-    for rank, (books, python) in zip(who, rows):
-        lesson.say(f"  {plan} on rank {rank}: books {books:,}, tracemalloc {python:,} bytes: {python / books - 1:+.1%}")
+    for rank, (accounts, python) in zip(who, rows):
+        lesson.say(f"  {plan} on rank {rank}: accounts {accounts:,}, tracemalloc {python:,} bytes: "
+                   f"{python / accounts - 1:+.1%}")
     if shared:
         lesson.say("  (Virtual ranks share one process, so this is a single process. Under mpirun it is every rank.)")
     lesson.say("NumPy gives a temporary array's memory to the next result when it can; counted, it does not. And each\n"
                "array is an object, of a hundred bytes or so. Neither account sees what MPI allocates for itself.")
-    books, python = (sum(column) for column in zip(*rows))
-    lesson.check(f"they agree within {TOLERANCE:.0%}, all together", abs(python / books - 1) < TOLERANCE)
+    accounts, python = (sum(column) for column in zip(*rows))
+    lesson.check(f"they agree within {TOLERANCE:.0%}, all together", abs(python / accounts - 1) < TOLERANCE)
 
 
 def main(lesson: Lesson) -> None:

@@ -14,7 +14,7 @@ Look at: the first table, in which every number was counted and equals a formula
 with the tokens and the others start high and grow less; the gradients of keys and values, of which a causal mask saves
 a quarter; and the last table: 3, 5, 6 or 7 ranks send more than the formulas for even numbers say.
 
-Try it: with 4 ranks, make the feed-forward part of `SWEEP` narrower, `ffn_size=64`, so that F = 2. Where do the columns
+Try it: with 4 ranks, make the MLP of `SWEEP` narrower, `ffn_size=64`, so that F = 2. Where do the columns
 cross now? Predict it first: set 2BSh/g + W equal to 4BSh, with W = (2 + 2/g + 3F)h^2. (At 5h and at 3h; nothing fails.)
 """
 
@@ -78,7 +78,7 @@ def plans(size: int) -> list[Plan]:
 
 
 def bytes_of(sent: Sent, part: str | None = None, direction: str | None = None, purpose: str | None = None) -> int:
-    """Bytes sent in a part, a direction, for a purpose, if named."""
+    """Bytes sent in a sub-layer, a direction, for a purpose, if named."""
     wanted = (part, direction, purpose)
     return sum(size for key, (_, size) in sent.items() if all(want in (None, is_) for want, is_ in zip(wanted, key)))
 
@@ -117,7 +117,7 @@ class Formulas:
         return [self.forward(schedule, *places), self.backward(schedule, *places)]
 
     def forward(self, schedule: str, weights: Place, tokens: Place) -> Fraction:
-        """TP: an all-reduce for each of two parts, of which each is an exchange and a gather. SP: keys and values.
+        """TP: an all-reduce for each of two sub-layers, of which each is an exchange and a gather. SP: keys and values.
         A mesh: TP for 1/Σ of the tokens, SP for 1/T of the heads. TSP: keys and values, and the weights."""
         if schedule == "tsp":
             return (self.keys_values + self.weights) * others(tokens)
@@ -125,15 +125,15 @@ class Formulas:
 
     def backward(self, schedule: str, weights: Place, tokens: Place) -> Fraction:
         """All that the forward sends, again: under TP gradients of inputs, else keys and values, and TSP's weights.
-        And home: gradients of keys and values; of weights to their owner, under SP and on a mesh also on to all."""
+        And to their owners: gradients of keys and values; of weights, under SP and on a mesh also on to all."""
         again = self.forward(schedule, weights, tokens)
         if schedule == "tsp":
-            return again + self.home(tokens) + self.weights * others(tokens)
-        return again + self.home(tokens) / weights.size + 2 * self.weights / weights.size * others(tokens)
+            return again + self.reduced(tokens) + self.weights * others(tokens)
+        return again + self.reduced(tokens) / weights.size + 2 * self.weights / weights.size * others(tokens)
 
-    def home(self, tokens: Place) -> Fraction:
-        """Gradients of keys and values that a rank sends home: for all others' tiles in the first half of the text,
-        which its own last tile sees, and for those in the second half that lie before its own."""
+    def reduced(self, tokens: Place) -> Fraction:
+        """Gradients of keys and values that a rank sends to their owners: for all others' tiles in the first half of
+        the text, which its own last tile sees, and for those in the second half that lie before its own."""
         return self.keys_values / 2 * Fraction(2 * (tokens.size - 1) - tokens.rank, tokens.size)
 
 
@@ -171,7 +171,7 @@ def show_ledger(lesson: Lesson, steps: Steps) -> None:
     table.add_section()
     table.add_row("all", *(f"{int(row.sum()):,}" for row in rows.values()))
     lesson.say(table)
-    lesson.check("on every rank, messages and bytes of each part, direction and purpose are `step_messages`'s",
+    lesson.check("on every rank, messages and bytes of each sub-layer, direction and purpose are `step_messages`'s",
                  all(step.sent == exact(plan.schedule, CONFIG, step.grid) for plan, step in steps.items()))
     everything = [sum(map(sum, over_ranks(lesson, [bytes_of(step.sent)]))) for step in steps.values()]
     lesson.check("and the table has them all", everything == [int(row.sum()) for row in rows.values()])
@@ -196,7 +196,7 @@ def show_layer(lesson: Lesson, steps: Steps) -> None:
                "  SP   2 B S h / g                         keys and values\n"
                "  TSP  2 B S h / g + (2 + 2/g + 3F) h^2    keys and values, and the weights\n"
                "and on a mesh of T x Σ what TP sends of 1/Σ of the tokens, and SP of 1/T of the heads. The backward\n"
-               "sends it all again, and gradients of keys, values and weights home. Mean of the ranks, in bytes:")
+               "sends it all again, and gradients of keys, values and weights to their owners. Mean of ranks, bytes:")
     table = table_with("schedule", "forward", "formula", "ratio", "backward", "formula", "ratio")
     formulas, alike, equal = Formulas.of(CONFIG), True, True
     for plan, step in steps.items():
@@ -303,8 +303,8 @@ def check_crossing(lesson: Lesson, group: int, sweep: list[Point]) -> None:
 
 
 def show_backward(lesson: Lesson, steps: Steps) -> None:
-    """What goes home."""
-    lesson.part("Backward: what goes home")
+    """What is reduced to its owner."""
+    lesson.part("Backward: what is reduced to its owner")
     step, layers = steps[Plan("tsp")].sent, CONFIG.num_layers
     lesson.say("A tile's keys are seen by later tiles only, so a rank has a gradient for some of the others' keys and\n"
                "values: for all in the first half of the text, for some in the second. TSP, bytes of a layer:")
@@ -320,7 +320,7 @@ def show_backward(lesson: Lesson, steps: Steps) -> None:
     sums = np.sum(rows, axis=0).tolist()
     if even(lesson.size):
         lesson.check("gradients of keys and values: rank r sends B S h / g (2(N-1) - r)/N numbers a layer",
-                     home == Formulas.of(CONFIG).home(Place(lesson.rank, lesson.size)) * itemsize(CONFIG) * layers)
+                     home == Formulas.of(CONFIG).reduced(Place(lesson.rank, lesson.size)) * itemsize(CONFIG) * layers)
         lesson.check("all ranks together: 3/4 of the keys and values", 4 * sums[1] == 3 * sums[0])
         lesson.check("gradients of weights: as many bytes as the weights", sums[2] == sums[3])
     show_sums(lesson, steps, sums[3])

@@ -1,4 +1,4 @@
-"""The overlap that was not there: Isend, a matmul, Wait. Posted early is not yet under way.
+"""The overlap that was not there: Isend, a matmul, Wait. Posted early is not yet in progress.
 
 Objective: after this lesson you can time messages, computation and both so that the three can be compared, say in one
 number how much was hidden, and find out when a message was complete; and you can say why a program that posts its
@@ -101,8 +101,8 @@ class Pair:
     def __init__(self, comm: Communicator, size: int = SIZE, tag: Tag = Tag.RING) -> None:
         self.comm, self.tag = comm, tag
         self.left, self.right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
-        self.leaving, self.wanted = self._array_of(comm.rank, size), self._array_of(self.left, size)
-        self.coming = np.zeros_like(self.leaving)
+        self.sent, self.wanted = self._array_of(comm.rank, size), self._array_of(self.left, size)
+        self.received = np.zeros_like(self.sent)
         self.factors = np.random.default_rng([SEED, comm.rank]).standard_normal((2, SIDE, SIDE), dtype=np.float32)
         self.product = np.empty((SIDE, SIDE), dtype=np.float32)
 
@@ -111,7 +111,7 @@ class Pair:
 
     def post(self) -> list[Request]:
         """Both messages."""
-        return [self.comm.Irecv(self.coming, self.left, self.tag), self.comm.Isend(self.leaving, self.right, self.tag)]
+        return [self.comm.Irecv(self.received, self.left, self.tag), self.comm.Isend(self.sent, self.right, self.tag)]
 
     def compute(self, requests: Sequence[Request] = (), looks: Collection[int] = ()) -> float:
         """All products. After those numbered in `looks`, see whether messages are complete. When the first look began;
@@ -211,7 +211,7 @@ def show_timings(lesson: Lesson, pair: Pair) -> float:
     elif comm.size > 2:
         lesson.say("With more ranks than cores, one rank's waiting is another's computing: that hides something, too.")
     lesson.check("it was the left neighbour's array that came, every bit of it",
-                 pair.coming.tobytes() == pair.wanted.tobytes())
+                 pair.received.tobytes() == pair.wanted.tobytes())
     return needed
 
 
@@ -297,16 +297,16 @@ def show_library(lesson: Lesson) -> None:
         table.add_row(f"{size:,}", f"{1e3 * alone:.2f}", f"{1e3 * median(waits):.2f}", f"{int(median(there)):,}")
     lesson.say(table)
     lesson.say("Where nothing is in the buffer before the wait, nothing has been hidden, however early it was posted.\n"
-               "A wait may also be for a neighbour that still computes, and so does not help its message on.")
+               "A wait may also be for a neighbour that still computes, and so makes no progress on its message.")
 
 
 def peeked(pair: Pair) -> tuple[float, float]:
     """The seconds of the wait after the computation, and the bytes that had come before it: largest over the ranks."""
-    pair.coming[...] = 0
+    pair.received[...] = 0
     from_root(pair.comm, 0)
     requests = pair.post()
     pair.compute()
-    there = 4 * np.count_nonzero(pair.coming)
+    there = 4 * np.count_nonzero(pair.received)
     begin = time.perf_counter()
     pair.comm.Waitall(requests)
     wait, most = np.max(all_gather(pair.comm, np.array([time.perf_counter() - begin, there])), axis=0)

@@ -1,7 +1,7 @@
 """Overlap made real: post early, look in between, or have somebody look. The same ring before and after.
 
 Objective: after this lesson you can turn a ring that waits into one that travels under its own computation: post the
-receive before the work that hides it, keep two buffers, and see to it that somebody helps the messages on, either by
+receive before the work that hides it, keep two buffers, and see to it that the messages make progress, either by
 looks between the tiles or with a second thread; and you can show from a timeline that it is so.
 
     mpirun -n 4 python lessons/15_overlap_made_real.py
@@ -63,7 +63,7 @@ REPEATS = 3
 LINK_OF_STEP = 0.6  # the link takes so much of a step's computation for a matrix
 REHEARSAL_RANKS, REHEARSAL_SIDE = 4, 8
 REHEARSAL_SEEDS = (None, 0, 1)  # each an order of turns and deliveries; None is the order of posting
-PATIENCE = 20.0  # seconds for what a helping thread does in a fraction of one
+PATIENCE = 20.0  # seconds for what a progress thread does in a fraction of one
 
 Multiply: TypeAlias = Callable[[int, int, Array], None]
 """multiply(step, tile, matrix): the product of one of this rank's tiles with the matrix that it holds at a step."""
@@ -88,9 +88,9 @@ def late(comm: Communicator, own: Array, spare: list[Array], multiply: Multiply)
         for tile in range(TILES):
             multiply(step, tile, held)
         if step + 1 < comm.size:
-            coming = spare[step % 2]
-            comm.Waitall([comm.Irecv(coming, left, Tag.MATRIX), comm.Isend(held, right, Tag.MATRIX)])
-            held = coming
+            incoming = spare[step % 2]
+            comm.Waitall([comm.Irecv(incoming, left, Tag.MATRIX), comm.Isend(held, right, Tag.MATRIX)])
+            held = incoming
 
 
 def early(comm: Communicator, own: Array, spare: list[Array], multiply: Multiply) -> None:
@@ -98,18 +98,18 @@ def early(comm: Communicator, own: Array, spare: list[Array], multiply: Multiply
     left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
     held = own
     for step in range(comm.size):
-        under_way: list[Request] = []
-        coming = spare[step % 2]
+        in_flight: list[Request] = []
+        incoming = spare[step % 2]
         if step + 1 < comm.size:
-            under_way = [comm.Irecv(coming, left, Tag.MATRIX), comm.Isend(held, right, Tag.MATRIX)]
+            in_flight = [comm.Irecv(incoming, left, Tag.MATRIX), comm.Isend(held, right, Tag.MATRIX)]
         for tile in range(TILES):
             multiply(step, tile, held)
-        comm.Waitall(under_way)
-        held = coming
+        comm.Waitall(in_flight)
+        held = incoming
 
 
 def testall(comm: Communicator, requests: list[Request]) -> None:
-    """Have a look at all messages under way: each gets a chance to move on. (`comm.progress(block, slot)`, which the
+    """Have a look at all messages in flight: each gets a chance to move on. (`comm.progress(block, slot)`, which the
     project's schedules call before each tile's work, does it with all that is open, for --progress poll.)"""
     for request in requests:
         comm.Test(request)
@@ -120,17 +120,17 @@ def overlapped(comm: Communicator, own: Array, spare: list[Array], multiply: Mul
     left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
     held = own
     for step in range(comm.size):
-        under_way: list[Request] = []
-        coming = spare[step % 2]
+        in_flight: list[Request] = []
+        incoming = spare[step % 2]
         if step + 1 < comm.size:
-            under_way.append(comm.Isend(held, right, Tag.MATRIX))
-            under_way.append(comm.Irecv(coming, left, Tag.MATRIX))
+            in_flight.append(comm.Isend(held, right, Tag.MATRIX))
+            in_flight.append(comm.Irecv(incoming, left, Tag.MATRIX))
         for tile in range(TILES):
-            testall(comm, under_way)
+            testall(comm, in_flight)
             multiply(step, tile, held)
         # Both must be through: what has come is read next, and what has left may be written over in the step after.
-        comm.Waitall(under_way)
-        held = coming
+        comm.Waitall(in_flight)
+        held = incoming
 
 
 Turn: TypeAlias = Callable[[Communicator, Array, list[Array], Multiply], None]
@@ -304,7 +304,7 @@ def show_buffers(lesson: Lesson) -> None:
 
 @dataclass(frozen=True)
 class Kind:
-    """A ring, and who helps its messages on."""
+    """A ring, and who makes progress on its messages."""
 
     name: str
     ring: Turn
@@ -318,7 +318,7 @@ def kinds(lesson: Lesson) -> list[Kind]:
         lesson.comm.travel_by("thread", None)
         found.append(Kind("early, with a thread", early, "thread"))
     except UserError as error:
-        lesson.say(f"Without a helping thread: {escape(str(error))}")
+        lesson.say(f"Without a progress thread: {escape(str(error))}")
     lesson.comm.travel_by("wait", None)
     return found
 
@@ -408,7 +408,7 @@ def show_thread(lesson: Lesson, possible: list[Kind]) -> None:
                    "where NumPy lets other threads run. It is left out here: only one virtual rank runs at a time, so\n"
                    "nobody could help it, and some MPIs let only one thread call them. See it with mpirun.")
         return
-    lesson.say("Post, and then multiply until the messages are complete, without a call into MPI. With a helping\n"
+    lesson.say("Post, and then multiply until the messages are complete, without a call into MPI. With a progress\n"
                "thread that ends; without one it never would, so it is given up after the longest time of the first:")
     helped, products, seconds = multiplied_until_complete(lesson.comm, "thread", PATIENCE)
     lesson.say_from_all(f"with the thread: complete after {products} products, {1e3 * seconds:.1f} ms")
@@ -424,9 +424,9 @@ def multiplied_until_complete(comm: Communicator, progress: str, patience: float
     were, how many products that took, and how many seconds."""
     comm.travel_by(progress, None)
     from_root(comm, 0)
-    factor, coming = matrix_of(comm.rank, SIDE), np.empty((SIDE, SIDE), dtype=np.float32)
+    factor, incoming = matrix_of(comm.rank, SIDE), np.empty((SIDE, SIDE), dtype=np.float32)
     with recording(comm):
-        requests = [comm.Irecv(coming, (comm.rank - 1) % comm.size, Tag.SINGLE),
+        requests = [comm.Irecv(incoming, (comm.rank - 1) % comm.size, Tag.SINGLE),
                     comm.Isend(factor, (comm.rank + 1) % comm.size, Tag.SINGLE)]
         begin, products = time.perf_counter(), 0
         while True:

@@ -13,7 +13,7 @@ between tiles, or it waits, and then the span says with which message the wait e
 rank: from the post to the moment at which the rank noticed that it was complete. `tsp_ref/comm/timeline.py` has both.
 
 Look at: the chart; then, in the tables, the longest waits and what they were for; the bandwidth of messages, which is
-never more than the link's and often far less; and which messages are on their way under the work of which part.
+never more than the link's and often far less; and which messages are on their way under the work of which sub-layer.
 
 Write it: `waited_share`, `longest_wait`, `bandwidth` and `hidden_seconds` are yours. They are judged on timelines that
 are drawn at random, and then by the project's own figures for this step. In a file of your own, one or all of them:
@@ -88,10 +88,10 @@ def bandwidth(pair: Pair) -> float:
     return pair.received.size / (end - begin) if end > begin else float("inf")
 
 
-def hidden_seconds(lane: Lane, coming: list[Pair]) -> float:
+def hidden_seconds(lane: Lane, incoming: list[Pair]) -> float:
     """The seconds in which a rank computes while at least one of the messages that come to it is on its way."""
     merged: list[tuple[float, float]] = []
-    for begin, end in sorted(map(on_its_way, coming)):
+    for begin, end in sorted(map(on_its_way, incoming)):
         if merged and begin <= merged[-1][1]:
             merged[-1] = merged[-1][0], max(merged[-1][1], end)
         else:
@@ -125,16 +125,16 @@ def drawn_timeline(generator: random.Random) -> list[Lane]:
     return lanes
 
 
-def swept(lane: Lane, coming: list[Pair]) -> float:
+def swept(lane: Lane, incoming: list[Pair]) -> float:
     """What `hidden_seconds` has to find, in another way: the time is cut wherever anything begins or ends, and each
     piece is asked whether the rank computes in it and how many messages are on their way."""
     computing = [(span.begin, span.end) for span in lane.spans if span.what == "compute"]
-    travelling = list(map(on_its_way, coming))
+    travelling = list(map(on_its_way, incoming))
     cuts = np.unique(np.array([*computing, *travelling], dtype=np.float64).ravel())
     middles = (cuts[1:] + cuts[:-1]) / 2
-    under_way = [np.searchsorted(np.sort([begin for begin, _ in some]), middles)
+    in_flight = [np.searchsorted(np.sort([begin for begin, _ in some]), middles)
                  - np.searchsorted(np.sort([end for _, end in some]), middles) for some in (computing, travelling)]
-    return float(np.sum((cuts[1:] - cuts[:-1])[(under_way[0] > 0) & (under_way[1] > 0)]))
+    return float(np.sum((cuts[1:] - cuts[:-1])[(in_flight[0] > 0) & (in_flight[1] > 0)]))
 
 
 def same(found: float | None, wanted: float) -> bool:
@@ -219,7 +219,7 @@ def show_step(lesson: Lesson, own: Lane, sent: Sent, lanes: list[Lane]) -> list[
         lesson.say("Only one virtual rank computes at a time, so that the others wait for their turn most of the time.")
     lesson.check("on every rank the spans follow one another without a gap",
                  all(one.end == following.begin for one, following in zip(own.spans, own.spans[1:])))
-    lesson.check("and the messages that left are the ledger's: part, direction, purpose, number and bytes",
+    lesson.check("and the messages that were sent are the ledger's: sub-layer, direction, purpose, number and bytes",
                  sent_by(own) == sent)
     lesson.check("each message has two ends, of the same size",
                  2 * len(found) == sum(len(lane.messages) for lane in lanes)
@@ -251,23 +251,23 @@ def name_of(message: Message) -> str:
 
 
 def show_under(lesson: Lesson, lanes: list[Lane], found: list[Pair]) -> None:
-    """What is on its way to the rank that waits most, under which part of its work."""
+    """What is on its way to the rank that waits most, under which of its sub-layers."""
     lesson.part("What travels under what")
     lane = max(lanes, key=lambda lane: lane.share("wait"), default=None)
     together = step = 0.0
     if lane is not None:
-        lesson.say(f"Rank {lane.rank}, which waits most, part by part; and which messages, how many of each, are on "
-                   "their way to it while\nit computes that part:")
-        table = table_with("part", "computes, ms", "waits, ms", "on their way meanwhile")
+        lesson.say(f"Rank {lane.rank}, which waits most, by sub-layer; and which messages, how many of each, are on "
+                   "their way to it while\nit computes that one:")
+        table = table_with("sub-layer", "computes, ms", "waits, ms", "on their way meanwhile")
         table.columns[3].justify = "left"
-        coming = [(*on_its_way(pair), pair.received.tag) for pair in to(lane.rank, found)]
+        incoming = [(*on_its_way(pair), pair.received.tag) for pair in to(lane.rank, found)]
         for phase in dict.fromkeys((span.sublayer, span.direction) for span in lane.spans):
             spans = [span for span in lane.spans if (span.sublayer, span.direction) == phase]
             work, waits = (sum(span.end - span.begin for span in spans if span.what == what)
                            for what in ("compute", "wait"))
-            under = Counter(tag for begin, end, tag in coming if any(
+            under = Counter(tag for begin, end, tag in incoming if any(
                 begin < span.end and span.begin < end for span in spans if span.what == "compute"))
-            table.add_row(" ".join(phase).strip() or "between parts", f"{1e3 * work:.1f}", f"{1e3 * waits:.1f}",
+            table.add_row(" ".join(phase).strip() or "between sub-layers", f"{1e3 * work:.1f}", f"{1e3 * waits:.1f}",
                           ", ".join(f"{tag} {count}" for tag, count in under.most_common(4)))
             together += work + waits
         lesson.say(table)
@@ -302,10 +302,10 @@ def show_hidden(lesson: Lesson, lanes: list[Lane], found: list[Pair]) -> None:
     table = table_with("rank", "something comes, ms", "of it while it computes, ms", "part")
     right = True
     for lane in lanes:
-        coming = to(lane.rank, found)
+        incoming = to(lane.rank, found)
         everything = Lane(lane.rank, [span._replace(what="compute") for span in lane.spans], [])
-        hidden, whole = hidden_seconds(lane, coming), swept(everything, coming)
-        right = right and same(hidden, swept(lane, coming))
+        hidden, whole = hidden_seconds(lane, incoming), swept(everything, incoming)
+        right = right and same(hidden, swept(lane, incoming))
         table.add_row(str(lane.rank), f"{1e3 * whole:.1f}",
                       *(("", "") if hidden is None else (f"{1e3 * hidden:.1f}", f"{hidden / whole:.0%}")))
     lesson.say(table)

@@ -17,7 +17,7 @@ by tiles, with the same bytes through NumPy and another time; and the last line,
 products would at the peak. Times are shown and never checked: a busy machine can stretch any of them.
 
 Write it: `product_flops`, `product_bytes` and `least_tokens` are yours. They are judged on products that are really
-made, whose operands are measured as they pass, and by the books of a training step. In a file of your own:
+made, whose operands are measured as they pass, and by the accounting of a training step. In a file of your own:
 
     mpirun -n 2 python lessons/17_where_the_time_goes.py --answer mine.py
 
@@ -364,7 +364,7 @@ def show_step(lesson: Lesson, machine: Roofline) -> None:
     taken = min(until_all_are_through(lesson.comm, training.step) for _ in range(2))
     show_kinds(lesson, mine, machine)
     wanted = sum(step_flops(CONFIG, training.model.grid, folded=True).values())
-    lesson.check("product_flops, summed over this rank's products, is what the books and the formula say",
+    lesson.check("product_flops, summed over this rank's products, is what the accounting and the formula say",
                  summed(mine, product_flops) == mine.total == wanted)
     moved = size * summed(mine, numbers_of)
     lesson.check("product_bytes, summed over them, is what their operands and results hold",

@@ -66,10 +66,8 @@ def embedding_forward(
 def embedding_backward(
     comm: Communicator, model: Model, dx: Array, tokens: Array, weights: Parameters, gradients: Parameters
 ) -> ReduceToOwner:
-    """Sends the embedding's gradients to their owners; where the head is tied to it, they are added to the head's.
-
-    The rows themselves are not needed, so nothing circulates: every rank works for the owners in the ring's order.
-    """
+    """The embedding's gradients in flight to their owners; where the head is tied to it, they are added to the head's.
+    The rows are not needed, so no ring circulates: every rank works for the owners in its order."""
     owned, tied = owned_blocks(model.grid), model.config.tied_head
     reduce = ReduceToOwner(comm, model, gradients.embedding, owned, Tag.EMBEDDING_GRADIENTS, tied=tied)
     for owner, block in rounds(owned, backwards_from(comm.rank, comm.size)):
