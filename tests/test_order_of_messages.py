@@ -13,10 +13,10 @@ from tsp_ref.training.strategy import Plan
 CONFIG = case_config("plain", "float32", num_layers=2)
 
 
-def scripts(schedule, ranks, backward):
+def scripts(schedule, ranks, backward, recompute="none"):
     """What each rank did in a forward, or in the backward after it."""
     def rank(comm):
-        training = Training(CONFIG, comm, Plan(schedule), random_text(), np)
+        training = Training(CONFIG, comm, Plan(schedule, recompute=recompute), random_text(), np)
         comm.script = forward = []
         _, saved = training.forward()
         comm.script = after = []
@@ -36,6 +36,72 @@ def places(script, what, tag, verb=None):
         if event.what == what and of[event.request][1] == tag and verb in (None, of[event.request][0]):
             found.append(place)
     return found
+
+
+def sublayer_at(script, place):
+    """The sub-layer that a rank is in at a place of its script."""
+    return next(event.phase[0] for event in reversed(script[:place]) if event.what == "enter")
+
+
+def posted_in(script, tag, count):
+    """In which sub-layers the first message of a tag is posted, each of the `count` times that they are exchanged."""
+    found = places(script, "post", tag)
+    assert len(found) % count == 0
+    return [sublayer_at(script, place) for place in found[:: len(found) // count]]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_sub_layer_s_first_messages_are_posted_under_the_one_before_it(ranks):
+    for script in scripts("tsp", ranks, backward=False):
+        assert posted_in(script, Tag.ATTENTION_WEIGHTS, 2) == ["embedding", "mlp"]
+        assert posted_in(script, Tag.MLP_WEIGHTS, 2) == ["attention", "attention"]
+        assert posted_in(script, Tag.HEAD_WEIGHTS, 1) == ["mlp"]
+    for script in scripts("tsp", ranks, backward=True):
+        assert posted_in(script, Tag.MLP_WEIGHTS, 2) == ["head", "attention"]
+        assert posted_in(script, Tag.KEYS_VALUES, 2) == posted_in(script, Tag.ATTENTION_WEIGHTS, 2) == ["mlp", "mlp"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_so_are_those_of_what_is_computed_anew(ranks):
+    for script in scripts("tsp", ranks, backward=True, recompute="attention"):
+        # Attention's weights come twice, the second time under the first use of them.
+        assert posted_in(script, Tag.ATTENTION_WEIGHTS, 4) == ["mlp", "attention"] * 2
+        assert posted_in(script, Tag.MLP_WEIGHTS, 2) == ["head", "attention"]
+    for script in scripts("tsp", ranks, backward=True, recompute="full"):
+        assert posted_in(script, Tag.ATTENTION_WEIGHTS, 4) == ["head", "mlp", "attention", "mlp"]
+        assert posted_in(script, Tag.MLP_WEIGHTS, 4) == ["attention", "mlp"] * 2
+
+
+BACKWARD = ["head", "mlp", "attention", "mlp", "attention", "embedding"]
+
+
+def ends_of_work(script):
+    """Where in a backward's script the work of each sub-layer of BACKWARD ends."""
+    ends, before = [], None
+    for place, event in enumerate(script):
+        if event.what == "compute":
+            if event.phase[0] != before:
+                ends.append(place)
+            before, ends[-1] = event.phase[0], place
+    assert [script[place].phase[0] for place in ends] == BACKWARD
+    return ends
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("schedule", ["tsp", "sp"])
+def test_gradients_of_weights_are_in_flight_until_the_next_sub_layer_is_over_and_totals_until_the_one_after(
+    schedule, ranks
+):
+    for script in scripts(schedule, ranks, backward=True):
+        ends = ends_of_work(script)
+        later = 2 if schedule == "sp" else 1
+        for tag in (Tag.HEAD_GRADIENTS, Tag.MLP_GRADIENTS, Tag.ATTENTION_GRADIENTS):
+            own = [number for number, name in enumerate(BACKWARD) if name == tag.sublayer]
+            waited = places(script, "wait", tag)
+            for number, last in zip(own, waited[len(waited) // len(own) - 1 :: len(waited) // len(own)]):
+                assert last > ends[min(number + later, len(ends) - 1)], (tag, number)
+                if number + later + 1 < len(ends):
+                    assert last < ends[number + later + 1], "and no longer"
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -61,8 +127,12 @@ def test_the_next_attention_s_weights_set_off_when_the_mlp_s_last_have(ranks):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_backward_s_first_keys_and_values_travel_under_the_mlp_s_backward(ranks):
     for script in scripts("tsp", ranks, backward=True):
-        assert places(script, "post", Tag.KEYS_VALUES)[0] < places(script, "wait", Tag.MLP_WEIGHTS, "receive")[-1]
-        assert places(script, "post", Tag.KEYS_VALUES)[0] < places(script, "post", Tag.MLP_GRADIENTS, "send")[-1]
+        keys, weights = places(script, "post", Tag.KEYS_VALUES), places(script, "wait", Tag.MLP_WEIGHTS, "receive")
+        gradients = places(script, "post", Tag.MLP_GRADIENTS, "send")
+        for layer in (1, 2):
+            first = keys[(layer - 1) * len(keys) // 2]
+            assert first < weights[layer * len(weights) // 2 - 1]
+            assert first < gradients[layer * len(gradients) // 2 - 1]
 
 
 def test_gradients_of_keys_and_values_are_waited_for_when_those_of_two_more_blocks_have_set_off():
