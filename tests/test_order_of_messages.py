@@ -1,6 +1,8 @@
 """Messages share a link, one after the other: what is needed sooner is posted sooner, and what is needed late is waited
 for late. Read from the script of a step: what a rank posted, and waited for, in order."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from cases import case_config, random_text
@@ -28,12 +30,13 @@ def scripts(schedule, ranks, backward, recompute="none"):
 
 
 def places(script, what, tag, verb=None):
-    """Where in a script messages of a tag, and of a verb if one is named, were posted, or waited for."""
-    found, of = [], {}  # of: what a request's number stands for, until another message has it
+    """Where in a script messages of a tag, and of a verb if one is named, were posted, or first waited for."""
+    found, of = [], {}  # of: what a request's number stands for, from its post until it is waited for
     for place, event in enumerate(script):
         if event.what == "post":
             of[event.request] = event.verb, event.tag
-        if event.what == what and of[event.request][1] == tag and verb in (None, of[event.request][0]):
+        about = of.get(event.request) if event.what == "post" else of.pop(event.request, None)
+        if event.what == what and about is not None and about[1] == tag and verb in (None, about[0]):
             found.append(place)
     return found
 
@@ -70,6 +73,35 @@ def test_so_are_those_of_what_is_computed_anew(ranks):
     for script in scripts("tsp", ranks, backward=True, recompute="full"):
         assert posted_in(script, Tag.ATTENTION_WEIGHTS, 4) == ["head", "mlp", "attention", "mlp"]
         assert posted_in(script, Tag.MLP_WEIGHTS, 4) == ["attention", "mlp"] * 2
+
+
+@pytest.mark.parametrize("schedule, mesh, ranks", [
+    ("tp", None, 2), ("sp", None, 2), ("tp+sp", "2x2", 4), ("tsp", None, 2)])
+def test_messages_are_given_a_chance_before_the_work_on_every_stack_of_tiles(schedule, mesh, ranks):
+    """Attention projects and attends with each stack and block, under TP with several blocks at a time; all else works
+    with them once."""
+    def rank(comm):
+        training = Training(CONFIG, comm, Plan(schedule, mesh, stack=3), random_text(), np)
+        comm.script = script = []
+        training.step()
+        comm.script = None
+        return training.model, script
+
+    for model, script in VirtualWorld(ranks, seed=1).run(rank):
+        found = Counter((*event.phase, event.block, event.slot, event.tiles)
+                        for event in script if event.what == "compute")
+        blocks = range(CONFIG.blocks) if schedule == "tsp" else model.grid.blocks
+        groups = [group.start for group in model.head_groups] if schedule == "tp" else blocks
+        wanted = Counter((sublayer, direction, block, *stack.place)
+                         for direction in ("forward", "backward") for stack in model.stacks
+                         for sublayer, times in {"embedding": 1, "mlp": 2, "attention": 2, "head": 1}.items()
+                         for block in [*blocks, *(groups if sublayer == "attention" else [])] for _ in range(times))
+        assert found == wanted
+
+
+def test_no_two_purposes_have_one_tag():
+    assert list(Tag.__members__) == [tag.name for tag in Tag]
+    assert len({int(tag) for tag in Tag}) == len(Tag)
 
 
 BACKWARD = ["head", "mlp", "attention", "mlp", "attention", "embedding"]
