@@ -42,6 +42,8 @@ class GatherKeysValues:
             sends = [comm.Isend(own, peer, Tag.KEYS_VALUES, block=block) for peer in comm.others]
             self.in_flight.append(({**tiles_of, comm.rank: own}, receives + sends))
         self.posted = max(self.posted, min(until, len(self.order)))
+        if self.posted == len(self.order):
+            self.kept = {}  # the requests hold what is still being sent
 
     def wait(self) -> Array:
         """The next block's, of all tiles, in the order of the text [2, B, K/G, S, e]."""
@@ -52,8 +54,8 @@ class GatherKeysValues:
 
 class ScatterKeysValues:
     """Reduce-scatter of the gradients of one block's keys and values: what this rank's queries give to the keys of
-    others' tiles is sent to those ranks, one message to each, and what theirs give to its own is merged. Made, it is in
-    flight.
+    others' tiles is sent to those ranks, one message to each, and what theirs give to its own is merged. Its messages
+    are posted on construction.
 
     given  the sum over tiles of queries, with the leaves of this rank's: each of its pieces holds the gradients of the
            first n keys of the sequence [2, B, K/G, n, e]. Of each key tile the pieces that reach it are sent, in the

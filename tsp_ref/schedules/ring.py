@@ -75,8 +75,10 @@ class Ring:
         return len(self.to_receive) <= (self.receive is not None) and not self.to_send
 
     def finish(self) -> None:
-        """Wait for the last send."""
+        """Wait for the last send, and free the last blocks."""
         self.comm.Waitall(self.sends)
+        self.sends.clear()
+        self.here.clear()
 
 
 class Broadcast:

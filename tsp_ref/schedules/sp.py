@@ -2,7 +2,7 @@
 
 Weights are replicated, tokens are cut: each rank applies every block to its own tokens, and only keys and values cross
 between tokens. They are exchanged block by block, under the work on two others, so that no rank ever holds more than a
-few blocks' heads of the whole sequence. Gradients of weights are reduce over the ranks: each rank sums some of the
+few blocks' heads of the whole sequence. Gradients of weights are summed over the ranks: each rank sums some of the
 blocks (a reduce to it) and sends the totals to all (an all-gather), so that all take the same optimizer step; the
 reduce ends under the next sub-layer, the all-gather under the one after that. (This is what is also called context
 parallelism; for keys and values an exchange as here, or a ring as in arXiv 2310.01889. The order of every sum is ours.)
@@ -281,7 +281,7 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
 
 @phase("optimizer", "backward")
 def gradient_norm(comm: Communicator, model: Model, gradients: Parameters) -> float:
-    """The Euclidean norm of all gradients: squares reduce over blocks by the tree, on every rank alike."""
+    """The Euclidean norm of all gradients: squares summed over blocks by the tree, on every rank alike."""
     total = Tree[Array](range(model.config.blocks))
     for place, block in enumerate(model.grid.blocks):
         total.add(block, tilewise.squares(model, gradients, place))

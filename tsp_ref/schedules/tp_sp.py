@@ -279,7 +279,7 @@ def model_backward(mesh: Mesh, model: Model, saved: Saved, weights: Parameters, 
 
 @phase("optimizer", "backward")
 def gradient_norm(mesh: Mesh, model: Model, gradients: Parameters) -> float:
-    """The Euclidean norm of all gradients, the same bits on every rank: squares reduce over blocks by the tree."""
+    """The Euclidean norm of all gradients, the same bits on every rank: squares summed over blocks by the tree."""
     partials = model.xp.stack([tilewise.squares(model, gradients, place) for place in range(len(model.grid.blocks))])
     total = all_reduce(mesh.weights, model.grid.blocks_of, partials, Tag.GRADIENT_NORM)
     return tilewise.norm_of(model, total, gradients)

@@ -89,7 +89,7 @@ def attention_forward(
     """x plus the attention of the normed x [p, B, s, h].
 
     Two stages, AHEAD blocks apart: a block of heads is projected, and its keys and values are posted to all ranks; it
-    is attended with when the next two are projected. Recomputed, `saved` gets back what it has let go.
+    is attended with when the next two are projected. When recomputed, the given `saved` is refilled.
     """
     normed = tilewise.normalise(model, x, weights.gains[2 * layer])
     output, saved = BlockSums(model), saved or AttentionSaved(x)
@@ -101,7 +101,7 @@ def attention_forward(
         if step < len(heads.order):
             _, block = heads.order[step]
             packed = heads.wait(step)  # until this block is here
-            heads.post(step + 1 + AHEAD)  # Isend, or Irecv, those of the next steps
+            heads.post(step + 1 + AHEAD)  # Isend, or Irecv, the next steps' blocks, unless they are posted already
             tilewise.keep_blocks(model, saved, range(block, block + 1))
             for stack in model.stacks:
                 comm.progress(block, *stack.place)
@@ -185,7 +185,7 @@ def mlp_forward(
     ring.start()
     for step, (_, block) in enumerate(ring.order):
         packed = ring.wait(step)  # until this block is here
-        ring.post()  # Irecv the next block from the left, Isend this one to the right
+        ring.post()  # wait for the send before; Irecv the next block from the left, Isend this one to the right
         if ring.all_posted:
             start(following)  # the first blocks of the next sub-layer
         tilewise.keep_projected(model, saved, block)
@@ -217,8 +217,8 @@ def mlp_backward(
             comm.progress(block, *stack.place)
             dnormed.add(stack, block, tilewise.feed_backward(
                 model, dy, normed, packed, saved, block, stack, dweights))
-        reduce.receive(owner, block)  # Irecv what another rank computed of this rank's block
-        reduce.send(owner, block, dweights)  # Isend what this rank computed of another's
+        reduce.receive(owner, block)  # Irecv what another rank computed of this rank's block; merge the oldest of many
+        reduce.send(owner, block, dweights)  # Isend what this rank computed of another's; wait for the oldest of many
     ring.finish()
     reduce.receive_rest()
     dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer + 1])
@@ -321,8 +321,8 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
         messages, attention = layers.pop(), saved.attention[-1]
         last: First = [messages.keys_values, messages.heads]
         if model.recompute == "full":
-            x, _ = attention_forward(comm, model, attention.x, weights, layer, messages.heads_again,
-                                     [messages.ring_again], attention)
+            x = attention_forward(comm, model, attention.x, weights, layer, messages.heads_again,
+                                  [messages.ring_again], attention)[0]
             saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer, messages.ring_again, [messages.ring])[1]
             del x  # which the MLP's backward is the last to need
         dx, reduce_mlp = mlp_backward(
