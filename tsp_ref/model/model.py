@@ -63,7 +63,7 @@ class Model:
 
     @property
     def phase(self) -> Phase:
-        """The phase that the books are at."""
+        """The phase that the accounts are at."""
         return self.work.phase
 
     @phase.setter

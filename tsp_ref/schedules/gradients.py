@@ -145,8 +145,9 @@ class AllReduceGradients(ReduceToOwner):
         self.gathered += [comm.Isend(row, peer, self.tag) for peer in comm.others for row in self.out]
 
     def finish(self) -> None:
-        """Wait for the all-gather."""
-        self.comm.Waitall(self.gathered or [])
+        """Wait for the all-gather, which `gather` has posted."""
+        assert self.gathered is not None, "gather comes before finish"
+        self.comm.Waitall(self.gathered)
 
 
 def move_on(in_flight: list[AllReduceGradients], newest: AllReduceGradients | None = None) -> list[AllReduceGradients]:
