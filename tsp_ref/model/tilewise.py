@@ -28,7 +28,7 @@ class BlockSums:
         """What a stack gives with a block."""
         self.trees[stack.number].add(block, leaf)
 
-    def finish(self) -> list[Array]:
+    def totals(self) -> list[Array]:
         """The totals, stack by stack, once all blocks are in; they are the caller's alone."""
         totals = [tree.total for tree in self.trees]
         self.trees.clear()
@@ -59,6 +59,14 @@ def add_residual(model: Model, x: Array, y: list[Array]) -> Array:
     for stack in model.stacks:
         model.xp.add(x[stack.tiles], y.pop(0), out=total[stack.tiles])
     return total
+
+
+def add_residual_backward(model: Model, dy: Array, dnormed: list[Array], x: Array, gain: Array, dgain: Array) -> Array:
+    """dx [p, B, s, h] of x plus a sub-layer of the normed x: dy, and what comes back through the norm from dnormed,
+    which is given stack by stack and used up; each tile's gradient of the gain goes into its row of dgain [p, h]."""
+    dx = normalise_backward(model, dnormed, x, gain, dgain)
+    dx += dy
+    return dx
 
 
 def joined(model: Model, y: list[Array]) -> Array:
