@@ -42,7 +42,7 @@ def attention_forward(model: Model, x: Array, weights: Parameters, layer: int) -
     """x plus the attention of the normed x [p, B, s, h]."""
     normed = tilewise.normalise(model, x, weights.gains[2 * layer])
     output, saved = BlockSums(model), AttentionSaved(x)
-    tilewise.keep_blocks(model, saved, model.grid.blocks)
+    tilewise.make_room_for_heads(model, saved, model.grid.blocks)
     for block, packed in zip(model.grid.blocks, weights.attention[layer]):
         for stack in model.stacks:
             tilewise.project(model, normed, packed, saved, block, stack)
@@ -88,7 +88,7 @@ def mlp_forward(model: Model, x: Array, weights: Parameters, layer: int) -> tupl
     normed = tilewise.normalise(model, x, weights.gains[2 * layer + 1])
     output, saved = BlockSums(model), MlpSaved(x)
     for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
-        tilewise.keep_projected(model, saved, block)
+        tilewise.make_room_for_projected(model, saved, block)
         for stack in model.stacks:
             output.add(stack, block, tilewise.feed(model, normed, packed, saved, block, stack))
     return tilewise.add_residual(model, x, output.totals()), saved

@@ -51,8 +51,9 @@ class AllReduceTiles(BlockSums):
             self._exchange(stack)
 
     def _exchange(self, stack: Stack) -> None:
-        """Isend this rank's sum of each tile to the rank that sums it; Irecv the others' sums of its own tiles."""
-        comm, pieces = self.comm, self.trees[stack.number].pieces()
+        """Isend this rank's sum of each tile to the rank that sums it; Irecv the others' sums of those
+        that this rank sums."""
+        comm, pieces = self.comm, self.trees.pop(stack.number).pieces()
         everyone = tuple(range(self.model.config.blocks))
         summed: dict[int, tuple[Tree[Array], list[Arrival]]] = {}
         sends: list[Request] = []

@@ -2,8 +2,8 @@
 rank holds the weights.
 
 Sums travel as pieces of trees. A rank that holds some of a tree's leaves sends the few maximal subtrees that these
-fill. Their receiver knows from the leaves alone which nodes will come, and merges them in order of arrival: the tree
-makes that order immaterial. Where a rank's slots fill one subtree, as when N and T are powers of two, the volume is
+fill. Their receiver knows from the leaves alone which nodes will come, and merges them in whatever order: the tree
+makes it immaterial. Where a rank's slots fill one subtree, as when N and T are powers of two, the volume is
 that of a ring reduce-scatter; else a few pieces are sent where one would do (source: ours).
 """
 
@@ -21,7 +21,7 @@ from .order import Order
 from .tags import Tag
 
 IN_FLIGHT = 2
-"""Blocks whose gradients a rank is sending at a time; and ranks whose pieces it is receiving, if no more come at
+"""Blocks whose gradients a rank is sending at a time; and ranks whose pieces it is receiving, unless more come at
 once."""
 
 
@@ -52,10 +52,10 @@ class ReduceToOwner:
     orders  each rank's order of the blocks: it says at which step which other ranks work on a block of this one's
 
     At each step of its own order a rank calls `wait`, to make room, `receive` and `send`. What others compute at a step
-    is received at that step, so nobody can wait for what is not asked for yet. IN_FLIGHT blocks are being sent, and the
-    pieces of as many ranks received (of all, where all work on one block at a time), under the computation of the next
-    blocks; beside them a rank holds only those pieces of its own blocks that wait for another. The last end in
-    `finish`, which is for after the next sub-layer: so they are in flight under its computation.
+    is received at that step, so a wait is always for an earlier step, and no circle of them can close. IN_FLIGHT blocks
+    are being sent, and the pieces of as many ranks received (of all, where all work on one block at a time), under the
+    computation of the next blocks; beside them a rank holds only those pieces of its own blocks that wait for another.
+    The last end in `finish`, which is for after the next sub-layer: so they are in flight under its computation.
     """
 
     def __init__(
@@ -74,9 +74,10 @@ class ReduceToOwner:
         self.sends: deque[list[Request]] = deque()
 
     def wait(self, step: int | None = None) -> None:
-        """Wait for the oldest in flight, until there is room for what this step posts; without one, for all. What has
-        arrived is merged into the trees."""
-        receives, sends = (0, 0) if step is None else (self.most - len(self.expected[step]), IN_FLIGHT - 1)
+        """Wait for the oldest in flight, until there is room for what this step posts; without a step, for all. What
+        has arrived is merged into the trees."""
+        receives, sends = (0, 0) if step is None else (
+            self.most - len(self.expected[step]), IN_FLIGHT - (self.order[step][0] != self.comm.rank))
         while len(self.arriving) > receives:
             for arrival in self.arriving.popleft():
                 self.comm.Wait(arrival.request)

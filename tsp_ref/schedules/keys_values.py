@@ -46,14 +46,15 @@ class GatherKeysValues:
             self.kept = {}  # the requests hold what is still being sent
 
     def wait(self) -> Array:
-        """Wait for the next block's, and return those of all tiles in the order of the text [2, B, K/G, S, e]."""
+        """Wait for the next block's messages, and return the keys and values of all tiles in the order of the text
+        [2, B, K/G, S, e]."""
         tiles_of, requests = self.in_flight.popleft()
         self.comm.Waitall(requests)
         return in_order_of_text(self.model, tiles_of)
 
 
 @dataclass
-class Exchange:
+class InFlight:
     """The gradients of one block's keys and values, in flight between all ranks."""
 
     own: dict[int, list[tuple[Node, Array]]]  # slot -> the pieces that this rank has of it
@@ -68,7 +69,7 @@ class ScatterKeysValues:
 
     def __init__(self, comm: Communicator, model: Model) -> None:
         self.comm, self.model = comm, model
-        self.in_flight: deque[Exchange] = deque()
+        self.in_flight: deque[InFlight] = deque()
 
     def post(self, block: int, partials: Tree[Array]) -> None:
         """Irecv what others' queries give to a block's keys and values of this rank's tiles; Isend to each rank what
@@ -81,21 +82,21 @@ class ScatterKeysValues:
         """
         comm, model, config, grid = self.comm, self.model, self.model.config, self.model.grid
         pieces = partials.pieces()
-        tile = 2, config.batch_size, config.kv_heads_per_block, config.tile_len, config.head_dim
+        tile_shape = 2, config.batch_size, config.kv_heads_per_block, config.tile_len, config.head_dim
         # Copies, so that the gradients of all other ranks' keys are not kept alive by them.
         own = {slot: [(node, piece.copy()) for node, piece in of_tile(model, pieces, slot)] for slot in grid.slots}
-        exchange = Exchange(own, [], [], [])
+        exchange = InFlight(own, [], [], [])
         for peer in comm.others:
             expected = [(slot, node) for slot in grid.slots for node in reaching(model, grid.slots_of(peer), slot)]
             if expected:
-                buffer = model.empty("buffers", len(expected), *tile)
+                buffer = model.empty("buffers", len(expected), *tile_shape)
                 exchange.expected.append(expected)
                 exchange.receives.append(comm.Irecv(buffer, peer, Tag.KEYS_VALUES_GRADIENTS, block=block))
         for peer in comm.others:
             found = [piece for slot in grid.slots_of(peer) for _, piece in of_tile(model, pieces, slot)]
             if found:
                 # A piece is a slice of one tile out of a longer gradient; a message must be contiguous.
-                message = model.empty("buffers", len(found), *tile)
+                message = model.empty("buffers", len(found), *tile_shape)
                 for position, piece in enumerate(found):
                     message[position] = piece
                 exchange.sends.append(comm.Isend(message, peer, Tag.KEYS_VALUES_GRADIENTS, block=block))
@@ -103,7 +104,7 @@ class ScatterKeysValues:
 
     def wait(self) -> Array:
         """Wait for the oldest block's, and return the gradients of this rank's own keys and values
-        [p, 2, B, K/G, s, e], merged in the order of arrival."""
+        [p, 2, B, K/G, s, e]: its own pieces, and the others' in the order of arrival, merged."""
         grid, exchange = self.model.grid, self.in_flight.popleft()
         trees = {slot: Tree[Array](grid.readers(slot), of=grid.num_tiles) for slot in grid.slots}
         for slot, tree in trees.items():

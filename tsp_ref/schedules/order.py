@@ -31,8 +31,8 @@ def ring_orders(owned: list[range]) -> list[Order]:
 
 
 def broadcast_orders(owned: list[range]) -> list[Order]:
-    """Each rank's order where all use one block at a time: the first block of each owner, then the second of each,
-    ..."""
+    """Each rank's order where all use the same block at the same step: the first block of each owner, then the second
+    of each, ..."""
     return [in_rounds(owned, range(len(owned)))] * len(owned)
 
 

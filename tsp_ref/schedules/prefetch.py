@@ -22,8 +22,8 @@ def nothing() -> None:
 
 
 class LayerMessages(NamedTuple):
-    """What a layer's backward receives of weights, keys and values, in the order of its sub-layers. Each is posted by
-    the sub-layer before it; the first two only if what they are for is recomputed."""
+    """What a layer's backward receives of weights, keys and values. The first messages of each are posted by the
+    sub-layer before; the first two are used only if what they are for is recomputed."""
 
     attention_recomputed: Broadcast
     mlp_recomputed: Ring
@@ -51,6 +51,6 @@ def messages_of_layer(
         attention_recomputed=Broadcast(comm, model, attention, Tag.ATTENTION_WEIGHTS),
         mlp_recomputed=Ring(comm, model, mlp, Tag.MLP_WEIGHTS),
         mlp=Ring(comm, model, mlp, Tag.MLP_WEIGHTS),
-        keys_values=GatherKeysValues(
+        keys_values=GatherKeysValues(  # which recomputation will fill again, in the same dictionary
             comm, model, saved.attention[layer].keys_values, [block for _, block in broadcast.order]),
         attention=broadcast)

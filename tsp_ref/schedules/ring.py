@@ -24,8 +24,9 @@ class Ring:
         rank 0   own     rank 3's   rank 2's   rank 1's   own second block
         rank 1   own     rank 0's   rank 3's   rank 2's   own second block
 
-    Double buffered: while one block is used, the next is in flight from the left, and the one in use to the right,
-    unless the right neighbour owns it: then it has been everywhere.
+    Double buffered: while one block is used, the next is in flight from the left, and one to the right: the one in use,
+    or where the right neighbour owns that, so that it has been everywhere, this rank's own of the next round. A third
+    buffer is free when the block used before has been sent.
     """
 
     def __init__(self, comm: Communicator, model: Model, shard: Array, tag: Tag) -> None:
@@ -41,8 +42,8 @@ class Ring:
         self.send: Request | None = None
 
     def post(self) -> None:
-        """Irecv the next block from the left; Isend the one that the right neighbour uses next, when the send before it
-        is complete. Nothing while the block that was posted before is still to be waited for."""
+        """Irecv the next block from the left; wait for the last send, and Isend the block that the right neighbour uses
+        next. Nothing while the block that was posted before is still to be waited for."""
         if self.receive is not None:
             return
         if self.to_receive:
@@ -70,6 +71,7 @@ class Ring:
         """Wait for the last send, and drop the last block."""
         if self.send is not None:
             self.comm.Wait(self.send)
+            self.send = None
         self.here.clear()
 
 

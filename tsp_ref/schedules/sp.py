@@ -85,7 +85,7 @@ def attention_forward(
     for step in range(len(blocks) + AHEAD):
         if step < len(blocks):
             block = model.grid.blocks[step]
-            tilewise.keep_blocks(model, saved, range(block, block + 1))
+            tilewise.make_room_for_heads(model, saved, range(block, block + 1))
             for stack in model.stacks:
                 comm.progress(block, *stack.place)
                 tilewise.project(model, normed, blocks[block], saved, block, stack)
@@ -131,7 +131,7 @@ def attention_backward(
                 comm.progress(block, *stack.place)
                 dq[stack.tiles] = tilewise.attend_backward(
                     model, dy, keys_values, [blocks[block]], saved, range(block, block + 1), stack, partials)[:, 0]
-            scatter.post(block, partials)  # Isend what this rank's queries give to others' keys and values; Irecv
+            scatter.post(block, partials)  # Isend what this rank's queries give to others' keys, Irecv what theirs do
             attended.append(dq)
             del keys_values, partials  # before the next block's are put together
         if step >= AHEAD:
@@ -156,7 +156,7 @@ def mlp_forward(
     normed = tilewise.normalise(model, x, weights.gains[2 * layer + 1])
     output, saved = BlockSums(model), MlpSaved(x)
     for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
-        tilewise.keep_projected(model, saved, block)
+        tilewise.make_room_for_projected(model, saved, block)
         for stack in model.stacks:
             comm.progress(block, *stack.place)
             output.add(stack, block, tilewise.feed(model, normed, packed, saved, block, stack))
@@ -225,7 +225,7 @@ def head_backward(
 
 @phase("loss", "forward")
 def mean_loss(comm: Communicator, model: Model, losses: Array) -> float:
-    """The mean over all tokens, on every rank, of [p, 1], the sum of each tile's losses."""
+    """The mean over all tokens, on every rank, losses [p, 1], the sum of each tile's."""
     total = all_reduce(comm, model.grid.slots_of, losses, Tag.LOSS)
     return model.number(total) / model.config.num_tokens
 
@@ -264,7 +264,7 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
         if model.recompute == "full":
             x, saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)
             saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer)[1]
-            del x  # which the MLP's backward is the last to need
+            del x  # which from here on only the MLP's backward needs
         dx, reduce = mlp_backward(comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
         in_flight = move_on(in_flight, reduce)
         if model.recompute == "attention":

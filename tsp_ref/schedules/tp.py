@@ -63,7 +63,7 @@ def attention_forward(
     normed = tilewise.normalise(model, x, weights.gains[2 * layer])
     output, saved = AllReduceTiles(comm, model, Tag.ATTENTION_SUMS), AttentionSaved(x)
     packed = dict(zip(model.grid.blocks, weights.attention[layer]))
-    tilewise.keep_blocks(model, saved, model.grid.blocks)
+    tilewise.make_room_for_heads(model, saved, model.grid.blocks)
     for block in model.grid.blocks:
         for stack in model.stacks:
             comm.progress(block, *stack.place)
@@ -116,7 +116,7 @@ def mlp_forward(
     normed = tilewise.normalise(model, x, weights.gains[2 * layer + 1])
     output, saved = AllReduceTiles(comm, model, Tag.MLP_SUMS), MlpSaved(x)
     for block in model.grid.blocks:
-        tilewise.keep_projected(model, saved, block)
+        tilewise.make_room_for_projected(model, saved, block)
     for stack in model.stacks:
         for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
             comm.progress(block, *stack.place)
@@ -178,7 +178,7 @@ def head_backward(
 
 @phase("loss", "forward")
 def mean_loss(comm: Communicator, model: Model, losses: Array) -> float:
-    """The mean over all tokens of [p, 1], the sum of each tile's losses."""
+    """The mean over all tokens losses [p, 1], the sum of each tile's."""
     total = Tree[Array](range(model.config.tiles))
     total.add_stack(model.grid.slots, losses)
     return model.number(total.total) / model.config.num_tokens
@@ -219,7 +219,7 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
         if model.recompute == "full":
             x, saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)
             saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer)[1]
-            del x  # which the MLP's backward is the last to need
+            del x  # which from here on only the MLP's backward needs
         dx = mlp_backward(comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
         if model.recompute == "attention":
             saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)[1]

@@ -1,16 +1,16 @@
 """TSP: tensor and sequence parallelism folded on one axis. Every rank holds 1/N of the weights and 1/N of the tokens.
 
 Weights come to the tokens: attention blocks are broadcast by each owner in turn, MLP and vocabulary blocks go round a
-ring. Only keys and values cross between tokens. Gradients of weights go straight to the blocks' owners. The forward of
-attention and MLP follows the paper (arXiv 2604.26294) as its readers describe it; the backward, the embedding, the
-head, the order of every sum, and that all travels block by block, are ours.
+ring. Between tokens only keys, values and their gradients cross. Gradients of weights go straight to the blocks'
+owners. The forward of attention and MLP follows what is known of the paper (arXiv 2604.26294); the backward, the embedding, the head,
+the order of every sum, and the transfer block by block, are ours.
 
-What travels is posted early and waited for late. Two things cross from a sub-layer to the next, handed on by
-`model_forward` and `model_backward`: `prefetch`, which posts the first messages of the next one, and which a sub-layer
-calls when its own weights are all in flight (on a shared link, what is needed sooner must be posted sooner); and
-gradients in flight to their owners, which a backward returns, to be finished after the next. Beside its 1/N of
-everything a rank holds the blocks in use and in flight, and one block's keys and values of the whole sequence, with
-those of the next two as they arrive.
+What travels is posted early and waited for late. What crosses from a sub-layer to the next is handed on by
+`model_forward` and `model_backward`: the next one's ring or broadcast, with `prefetch`, which posts its first messages,
+and which a sub-layer calls when it has posted its own last weights, keys and values (on a shared link, what is needed
+sooner must be posted sooner); and gradients in flight to their owners, which a backward returns, to be finished after
+the next. Beside its 1/N of everything a rank holds the blocks in use and in flight, one block's keys and values of the
+whole sequence, with those of the next two as they arrive, and in the backward their gradients alike.
 
 Read beside `reference.single`: the same functions in the same order; what differs is the messages.
 """
@@ -89,8 +89,8 @@ def attention_forward(
 ) -> tuple[Array, AttentionSaved]:
     """x plus the attention of the normed x [p, B, s, h].
 
-    Two stages, AHEAD blocks apart: a block of heads is projected, and its keys and values are posted to all ranks; it
-    is attended with when the next two are projected. When recomputed, the given `saved` is refilled.
+    Two stages, AHEAD blocks apart: a block of heads is projected, and its keys and values are posted to all ranks; they
+    are used when the next two are projected. When recomputed, the given `saved` is refilled.
     """
     normed = tilewise.normalise(model, x, weights.gains[2 * layer])
     output, saved = BlockSums(model), saved or AttentionSaved(x)
@@ -100,9 +100,9 @@ def attention_forward(
     for step in range(len(broadcast.order) + AHEAD):
         if step < len(broadcast.order):
             _, block = broadcast.order[step]
-            broadcast.post(step + 1 + AHEAD)  # Isend, or Irecv, this and the next steps' blocks, if not yet posted
+            broadcast.post(step + 1 + AHEAD)  # Isend, or Irecv, this and the next two steps' blocks, if not yet posted
             packed = broadcast.wait(step)  # until this block is here
-            tilewise.keep_blocks(model, saved, range(block, block + 1))
+            tilewise.make_room_for_heads(model, saved, range(block, block + 1))
             for stack in model.stacks:
                 comm.progress(block, *stack.place)
                 tilewise.project(model, normed, packed, saved, block, stack)
@@ -131,7 +131,7 @@ def attention_backward(
     """dy [p, B, s, h] -> dx, and the layer's attention gradients in flight; writes the tiles' gain gradients.
 
     Keys and values travel again. Two stages, AHEAD blocks apart: what this rank's queries give to a block's keys and
-    values is posted to the tokens' ranks; when all of it is back, the block's weights get their gradients.
+    values is posted to the tokens' ranks; and with what theirs give to this rank's, the block's weights get gradients.
     """
     gain, normed = weights.gains[2 * layer], tilewise.normalise(model, saved.x, weights.gains[2 * layer])
     dnormed, scatter = BlockSums(model), ScatterKeysValues(comm, model)
@@ -151,7 +151,7 @@ def attention_backward(
                 comm.progress(block, *stack.place)
                 dq[stack.tiles] = tilewise.attend_backward(
                     model, dy, keys_values, [packed], saved, range(block, block + 1), stack, partials)[:, 0]
-            scatter.post(block, partials)  # Isend what this rank's queries give to others' keys and values; Irecv
+            scatter.post(block, partials)  # Isend what this rank's queries give to others' keys, Irecv what theirs do
             attended.append((block, packed, dq))
             del keys_values, partials  # before the next block's are put together
         if step + 1 == len(broadcast.order):
@@ -182,10 +182,10 @@ def mlp_forward(
     ring.post()
     for step, (_, block) in enumerate(ring.order):
         packed = ring.wait(step)  # until this block is here
-        ring.post()  # Irecv the next block from the left; Isend this one to the right, when the one before has left
+        ring.post()  # Irecv another from the left; when the last send is over, Isend what the right needs next
         if not (ring.to_receive or ring.to_send):
             prefetch()  # the first blocks of the next sub-layer
-        tilewise.keep_projected(model, saved, block)
+        tilewise.make_room_for_projected(model, saved, block)
         for stack in model.stacks:
             comm.progress(block, *stack.place)
             output.add(stack, block, tilewise.feed(model, normed, packed, saved, block, stack))
@@ -271,7 +271,7 @@ def head_backward(
 
 @phase("loss", "forward")
 def mean_loss(comm: Communicator, model: Model, losses: Array) -> float:
-    """The mean over all tokens, on every rank, of [p, 1], the sum of each tile's losses."""
+    """The mean over all tokens, on every rank; losses [p, 1], the sum of each tile's."""
     total = all_reduce(comm, model.grid.slots_of, losses, Tag.LOSS)
     return model.number(total) / model.config.num_tokens
 
@@ -310,18 +310,18 @@ def model_forward(
 def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Parameters, gradients: Parameters) -> None:
     """Writes the gradient of the loss, for this rank's blocks, into `gradients`; uses up what was saved."""
     dgain = model.empty("working", len(model.grid.slots), *weights.gains.shape)
-    layers = [messages_of_layer(comm, model, weights, saved, layer) for layer in range(model.config.num_layers)]
-    prefetch = layers[-1].post_first(model.recompute)
+    messages_of = [messages_of_layer(comm, model, weights, saved, layer) for layer in range(model.config.num_layers)]
+    prefetch = messages_of[-1].post_first(model.recompute)
     dx, reduce = head_backward(comm, model, saved.head, saved.targets, weights, gradients, dgain, prefetch)
     del saved.head  # which nothing below needs
     for layer in reversed(range(model.config.num_layers)):
-        messages, attention = layers.pop(), saved.attention[-1]
+        messages, attention = messages_of.pop(), saved.attention[-1]
         if model.recompute == "full":
             x = attention_forward(comm, model, attention.x, weights, layer, messages.attention_recomputed,
                                   messages.mlp_recomputed.post, attention)[0]
             saved.mlp[-1] = mlp_forward(
                 comm, model, x, weights, layer, messages.mlp_recomputed, messages.mlp.post)[1]
-            del x  # which the MLP's backward is the last to need
+            del x  # which from here on only the MLP's backward needs
         prefetch = messages.attention_recomputed.post if model.recompute == "attention" else messages.post_attention
         dx, reduce_mlp = mlp_backward(
             comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain, messages.mlp, prefetch)
@@ -330,7 +330,7 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
             attention_forward(comm, model, attention.x, weights, layer, messages.attention_recomputed,
                               messages.post_attention, attention)
         del attention
-        prefetch = layers[-1].post_first(model.recompute) if layers else nothing
+        prefetch = messages_of[-1].post_first(model.recompute) if messages_of else nothing
         dx, reduce = attention_backward(comm, model, dx, saved.attention.pop(), weights, layer, gradients, dgain,
                                         messages.attention, messages.keys_values, prefetch)
         reduce_mlp.finish()
