@@ -112,7 +112,8 @@ def _prepare(
 
 def _plans(comm: Communicator, config: Config, plan: Plan) -> tuple[list[Plan], list[str]]:
     """The plans that this model can be dealt out by on these ranks, and why not by others; a single process first."""
-    candidates = [("tp", None), ("sp", None), *(("tp+sp", mesh) for mesh in meshes(comm.size)), ("tsp", None)]
+    candidates = [("tp", None), ("sp", None), *(("tp+sp", mesh) for mesh in meshes(comm.size)),
+                  ("fsdp+sp", None), ("tsp", None)]
     counted = dataclasses.replace(plan, counted=True)
     plans, refused = [dataclasses.replace(counted, schedule="single")], []
     for schedule, mesh in candidates:

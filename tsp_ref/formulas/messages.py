@@ -6,6 +6,7 @@ two that divides G and T and slots are dealt in zigzag order, a few elsewhere. T
 
     a ring of blocks of E elements          G - c_{r+1} messages of E: all blocks but its right neighbour's own
     a broadcast of its own blocks           (N - 1)·c_r messages of E
+    an all-gather of a tensor's blocks      N - 1 messages of c_r·E
     an all-gather of a block's keys/values  N - 1 messages of k_r·E, with E = 2·B·(K/G)·s·e for a tile
     a reduce to the blocks' owners          pieces·(blocks of others) messages of E
     an all-gather of the totals             (N - 1)·c_r messages of E
@@ -85,6 +86,10 @@ class Axes:
         """This rank's blocks go to all others of the weight axis."""
         return messages_of((self.grid.weight_axis.size - 1) * len(self.grid.blocks), size)
 
+    def all_gather(self, size: int) -> Traffic:
+        """All of this rank's blocks go to all others, in one message to each."""
+        return messages_of(self.grid.weight_axis.size - 1, len(self.grid.blocks) * size)
+
     def gather_keys_values(self, size: int, blocks: int) -> Traffic:
         """Keys and values of this rank's slots go to all others of the token axis, block by block."""
         return messages_of((self.grid.token_axis.size - 1) * blocks, len(self.grid.slots) * size)
@@ -129,6 +134,15 @@ class Axes:
     def all_reduce_over_blocks(self, size: int) -> Traffic:
         """A small sum over blocks."""
         return messages_of((self.grid.weight_axis.size - 1) * self.block_pieces, size)
+
+
+def fsdp_step(config: Config, grid: Grid) -> Step:
+    """FSDP+SP: as TSP, but all weights of a sub-layer are gathered in one message from each rank."""
+    sizes, axes = Sizes(config), Axes(grid)
+    gathered = {Tag.EMBEDDING_WEIGHTS: axes.all_gather(sizes.table), Tag.HEAD_WEIGHTS: axes.all_gather(sizes.table),
+                Tag.ATTENTION_WEIGHTS: axes.all_gather(sizes.attention) * config.num_layers,
+                Tag.MLP_WEIGHTS: axes.all_gather(sizes.mlp) * config.num_layers}
+    return {key: gathered.get(key[-1], traffic) for key, traffic in tsp_step(config, grid).items()}
 
 
 def tsp_step(config: Config, grid: Grid) -> Step:
@@ -196,7 +210,7 @@ def step_messages(schedule: str, config: Config, grid: Grid, recompute: str = "n
 
     What is recomputed travels once more, in the backward of its sub-layer: attention, and for `full` the MLP too.
     """
-    plain = tsp_step(config, grid) if schedule == "tsp" else mesh_step(config, grid)
+    plain = {"tsp": tsp_step, "fsdp+sp": fsdp_step}.get(schedule, mesh_step)(config, grid)
     again = {"none": (), "attention": ("attention",), "full": ("attention", "mlp")}[recompute]
     step: defaultdict[tuple[str, str, Tag], Traffic] = defaultdict(Traffic, plain)
     for (sublayer, direction, purpose), traffic in plain.items():
@@ -212,7 +226,7 @@ def closed_layer(schedule: str, direction: str, config: Config, weights: Place, 
 
     forward   TP   4·B·S·h·(N-1)/N                       two all-reduces, an exchange and a gather of B·S·h each
               SP   2·B·S·h/g·(N-1)/N                     keys and values
-              TSP  (2·B·S·h/g + W)·(N-1)/N               keys and values, and the weights
+              TSP  (2·B·S·h/g + W)·(N-1)/N               keys and values, and the weights; FSDP+SP as TSP
               TP+SP on T x Σ  4·B·S·h/Σ·(T-1)/T + 2·B·S·h/(g·T)·(Σ-1)/Σ
     backward  TP   the same two all-reduces
               SP   keys and values again, their gradients D, and an all-reduce of W: 2·W·(N-1)/N
@@ -232,7 +246,7 @@ def closed_layer(schedule: str, direction: str, config: Config, weights: Place, 
     scattered = keys_values * Fraction(2 * (tokens.size - 1) - tokens.rank, 2 * tokens.size)
     if tokens.size == 1:
         scattered = Fraction(0)
-    if schedule == "tsp":
+    if schedule in ("tsp", "fsdp+sp"):
         travelling = (keys_values + weights_of_layer) * others(tokens)
         return travelling if direction == "forward" else travelling + scattered + weights_of_layer * others(tokens)
     sums = Fraction(4 * tokens_h, tokens.size) * others(weights)

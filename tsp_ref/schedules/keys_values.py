@@ -23,17 +23,21 @@ class GatherKeysValues:
 
     kept   block -> those of this rank's tiles [p, 2, B, K/G, s, e]; they are sent as they lie, so they must stay
     order  the blocks, in the order in which they are posted and waited for, the same on every rank
+    ahead  of how many blocks they are posted at first
     """
 
-    def __init__(self, comm: Communicator, model: Model, kept: dict[int, Array], order: list[int]) -> None:
-        self.comm, self.model, self.kept, self.order = comm, model, kept, order
+    def __init__(
+        self, comm: Communicator, model: Model, kept: dict[int, Array], order: list[int], ahead: int = AHEAD
+    ) -> None:
+        self.comm, self.model, self.kept, self.order, self.ahead = comm, model, kept, order, ahead
         self.posted = 0
         self.in_flight: deque[tuple[dict[int, Array], list[Request]]] = deque()
 
-    def post(self, until: int = AHEAD) -> None:
+    def post(self, until: int | None = None) -> None:
         """Of the blocks before number `until`, unless they are posted: Irecv those of every other rank's tiles, Isend
         this rank's own to all."""
         comm, grid = self.comm, self.model.grid
+        until = self.ahead if until is None else until
         for block in self.order[self.posted : until]:
             own = self.kept[block]
             tiles_of = {peer: self.model.empty("buffers", len(grid.slots_of(peer)), *own.shape[1:])

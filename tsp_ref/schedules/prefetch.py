@@ -1,9 +1,9 @@
-"""What TSP posts before it is needed: the first messages of the next sub-layer."""
+"""What TSP and FSDP+SP post before it is needed: the first messages of the next sub-layer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from ..comm.communicator import Communicator
 from ..model.activations import Saved
@@ -21,15 +21,26 @@ def nothing() -> None:
     """Where no sub-layer follows, or the next needs no weights."""
 
 
-class LayerMessages(NamedTuple):
+class Weights(Protocol):
+    """What brings a sub-layer's weights: a `Ring`, a `Broadcast`, an `AllGather`."""
+
+    def post(self) -> None:
+        """Post its first messages, unless they are posted."""
+
+
+Heads = TypeVar("Heads", bound=Weights)
+Columns = TypeVar("Columns", bound=Weights)
+
+
+class LayerMessages(NamedTuple, Generic[Heads, Columns]):
     """What a layer's backward receives of weights, keys and values. The first messages of each are posted by the
     sub-layer before; the first two are used only if what they are for is recomputed."""
 
-    attention_recomputed: Broadcast
-    mlp_recomputed: Ring
-    mlp: Ring
+    attention_recomputed: Heads
+    mlp_recomputed: Columns
+    mlp: Columns
     keys_values: GatherKeysValues
-    attention: Broadcast
+    attention: Heads
 
     def post_first(self, recompute: str) -> Prefetch:
         """The post of what the layer's backward begins with."""
@@ -43,8 +54,8 @@ class LayerMessages(NamedTuple):
 
 def messages_of_layer(
     comm: Communicator, model: Model, weights: Parameters, saved: Saved, layer: int
-) -> LayerMessages:
-    """The messages of a layer's backward, none of them posted yet."""
+) -> LayerMessages[Broadcast, Ring]:
+    """The messages of a layer's backward under TSP, none of them posted yet."""
     attention, mlp = weights.attention[layer], weights.mlp[layer]
     broadcast = Broadcast(comm, model, attention, Tag.ATTENTION_WEIGHTS)
     return LayerMessages(

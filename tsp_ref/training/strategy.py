@@ -16,9 +16,11 @@ from ..model.config import Config
 from ..model.model import Model
 from ..model.parameters import Parameters
 from ..reference import single
-from ..schedules import sp, tp, tp_sp, tsp
+from ..schedules import fsdp_sp, sp, tp, tp_sp, tsp
 
-SCHEDULES = ("single", "tp", "sp", "tp+sp", "tsp")
+SCHEDULES = ("single", "tp", "sp", "tp+sp", "fsdp+sp", "tsp")
+FOLDED = ("fsdp+sp", "tsp")
+"""Schedules that cut weights and tokens over the same ranks."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,10 @@ def choose_strategy(plan: Plan, comm: Communicator, config: Config, library: Nam
         model = build(*tp_sp.place(mesh))
         return Strategy(model, partial(tp_sp.model_forward, mesh, model), partial(tp_sp.model_backward, mesh, model),
                         partial(tp_sp.gradient_norm, mesh, model))
+    if plan.schedule == "fsdp+sp":
+        model = build(*fsdp_sp.place(comm))
+        return Strategy(model, partial(fsdp_sp.model_forward, comm, model),
+                        partial(fsdp_sp.model_backward, comm, model), partial(fsdp_sp.gradient_norm, comm, model))
     if plan.schedule == "tsp":
         model = build(*tsp.place(comm))
         return Strategy(model, partial(tsp.model_forward, comm, model), partial(tsp.model_backward, comm, model),
