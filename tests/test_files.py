@@ -222,7 +222,7 @@ finally:
 def test_a_small_disk_that_is_full_is_one_line_and_what_was_there_stays(option, tmp_path):
     words = [sys.executable, "-c", FULL_DISK, str(tmp_path), *TRAIN, "--steps", "40", option, str(tmp_path / "file")]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    if "mount" in ended.stderr and "CalledProcessError" in ended.stderr or "FileNotFoundError" in ended.stderr:
+    if "'mount'" in ended.stderr:
         pytest.skip("no disk can be mounted here")
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.count("\n") == 1 and f"{option} {tmp_path / 'file'} cannot be written: No space" in ended.stderr
