@@ -1,5 +1,6 @@
 """The command line in one process: virtual ranks, logs, text, errors."""
 
+import itertools
 import json
 import re
 from importlib import metadata
@@ -10,6 +11,7 @@ import pytest
 from tsp_ref.cli import main
 from tsp_ref.errors import UserError
 from tsp_ref.process import threads
+from tsp_ref.training.data import Text
 
 TINY = ["train", "--preset", "tiny", "--steps", "3", "--text", __file__]
 
@@ -44,6 +46,17 @@ def test_verify_prints_a_verdict_for_each_tensor(capsys):
     assert sum(line.startswith("equal ") for line in lines) == 86
 
 
+@pytest.mark.parametrize("command", ["train", "verify", "compare", "overlap", "messages"])
+def test_ranks_that_read_other_texts_are_told_so_by_every_command(command, capsys, monkeypatch):
+    """As where each part of a job is given its own --text."""
+    monkeypatch.setattr(Text, "fingerprint", property(lambda text: str(next(numbers))))
+    numbers = itertools.count()
+    assert main([command, "--preset", "tiny", "--ranks", "2", "--text", __file__]) == 2
+    captured = capsys.readouterr()
+    assert captured.err == (f"error: rank 1 read another text than rank 0 from {__file__}: give all machines the same "
+                            "files with --text\n")
+
+
 def test_a_log_is_appended_to_and_never_overwritten(capsys, tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"mine": 1}\n')
@@ -73,8 +86,20 @@ def test_a_run_on_text_of_one_s_own_learns_it(capsys, tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     ([], "the following arguments are required: train | verify"),
-    (["train", "--ranks", "9"], "ranks=9 is not possible: with blocks=8, not every rank would hold a weight block; use "
-                                "1 to 8 ranks, or raise blocks with --set"),
+    (["train", "--ranks", "5", "--set", "blocks=4"],
+     "ranks=5 is not possible: with blocks=4, not every rank would hold a weight block; use 1 to 4 ranks, or raise "
+     "blocks with --set"),
+    (["train", "--ranks", "9"],
+     "ranks=9 is not possible: with blocks=8, not every rank would hold a weight block; use 1 to 8 ranks, or --schedule "
+     "sp, which deals out no weights (blocks=8 is the most that num_kv_heads, ffn_size, vocab_size can be "
+     "multiples of)"),
+    (["train", "--ranks", "2", "--schedule", "tp", "--set", "num_heads=4", "num_kv_heads=1", "blocks=1"],
+     "use 1 to 1 ranks, or --schedule sp, which deals out no weights"),
+    (["train", "--ranks", "8", "--schedule", "sp", "--set", "seq_len=4", "tiles=2"],
+     "use 1 to 2 ranks, or --schedule tp, which deals out no tokens (tiles=4 is the most that seq_len can be multiples"),
+    (["verify", "--ranks", "2", "--set", "rope_theta=1e-300"],
+     "rope_theta=1e-300 is not valid: the angles that positions are turned by would not be finite in float32"),
+    (["messages", "--set", "rope_theta=1e300"], "rope_theta=1e+300 is not valid: the angles"),
     (["train", "--ranks", "3", "--schedule", "sp", "--set", "tiles=2"],
      "ranks=3 is not possible: with tiles=2, not every rank would hold a token tile; use 1 to 2 ranks, or raise tiles"),
     (["train", "--ranks", "0"], "--ranks 0 is not valid: use 1 to 1024"),

@@ -18,7 +18,7 @@ from ..comm.mpi import cores
 from ..errors import UserError
 from ..model.config import Config
 from ..process.terminal import console_for
-from ..training.data import Text, load_text
+from ..training.data import Text, load_text, require_same_text
 from ..training.strategy import Plan, choose_strategy
 from .files import WholeFile, require_different, write_all
 from .rehearsed import Rehearsed
@@ -90,6 +90,7 @@ def overlap(comm: Communicator, options: OverlapOptions, backend: Backend = HOST
     """Time messages, computation and both by turns, for a forward and for forward and backward. Returns 0."""
     console = console_for(comm.rank)
     text, pictures, file = agreed(comm, lambda: _prepare(comm, options, backend))
+    require_same_text(comm, text)
     hurdle = _agreed_obstacle(comm)
     if hurdle is not None:
         console.print(f"{hurdle.full}\n", highlight=False)

@@ -39,6 +39,8 @@ class TrainOptions:
     pictures: PictureOptions = field(default_factory=PictureOptions)
 
 
+# Overflow shows in the loss, where it ends the run with one line; NumPy would warn on every rank besides.
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def train(comm: Communicator, options: TrainOptions, backend: Backend = HOST) -> int:
     """Train, and report on rank 0. Returns the exit code."""
     training, pictures, log = agreed(comm, lambda: _prepare(comm, options, backend))
@@ -99,8 +101,7 @@ def _run_steps(console: Console, training: Training, pictures: Pictures, log: Li
         TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn(),
         console=console, disable=not console.is_terminal or console.quiet)
     every = max(1, config.steps // 20)
-    # Overflow shows in the loss, where it ends the run with one line; NumPy would warn on every rank besides.
-    with progress, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+    with progress:
         task = progress.add_task("train", total=config.steps, line="")
         for number in range(1, config.steps + 1):
             begin = time.perf_counter()
