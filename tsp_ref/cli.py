@@ -24,6 +24,7 @@ from .grid.grid import LAYOUTS
 from .model.config import PLANNING_ONLY, PRESETS, Config, make_config
 from .model.model import RECOMPUTE
 from .process.launch import refuse, start
+from .process.output import careful_output
 from .training.strategy import SCHEDULES, Plan
 
 DESCRIPTION = """\
@@ -87,12 +88,16 @@ class Parser(argparse.ArgumentParser):
             super().print_help(file)
 
 
+@careful_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     try:
-        options = _parser().parse_args(arguments)
-        return int(options.run(options))
+        try:
+            options = _parser().parse_args(arguments)
+            return int(options.run(options))
+        finally:
+            sys.stdout.flush()  # here, where it can be said that it cannot be
     except UserError as error:
         return refuse(error, debug)
 

@@ -55,6 +55,11 @@ def launcher_rank() -> int:
     return _first_number(RANK_VARIABLES) or 0
 
 
+def launcher_size() -> int | None:
+    """How many ranks the launcher started, if it says so."""
+    return _first_number(SIZE_VARIABLES)
+
+
 class MPICommunicator(Communicator):
     """A communicator over an MPI communicator of its own. Sizes are checked on both sides; MPI carries no dtype, so
     that is checked on each side only: a float32 message for a float64 array is caught as one of the wrong size, but an
