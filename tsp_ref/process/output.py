@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from ..errors import UserError
 
-PLAIN = {"Σ": "Sigma", "·": "*", "×": "x", "²": "^2", "√": "sqrt", "ᵀ": "^T", "µ": "u", "…": "...", "─": "-", "━": "-",
+PLAIN = {"Σ": "Sigma", "·": "*", "×": "x", "²": "^2", "³": "^3", "√": "sqrt", "ᵀ": "^T", "µ": "u", "…": "...", "─": "-", "━": "-",
          "╶": "-", "╴": "-", "╸": "-", "╺": "-", "│": "|", "’": "'", "–": "-", "—": "-"}
 """What is written for a character that an encoding does not have; for any other, its number."""
 
@@ -106,8 +106,10 @@ def careful_output() -> Iterator[None]:
 
 def _careful(stream: Any, descriptor: int, name: str | None) -> Any:
     if stream is None:
-        with contextlib.suppress(OSError):
-            _connect_to_nothing(descriptor)  # or the next file to be opened would take its place
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            _connect_to_nothing(descriptor)  # or the next file that is opened would be in its place
         stream = Closed()
     elif hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="tsp_ref.plainly")
