@@ -204,6 +204,15 @@ def open_world() -> MPICommunicator:
     return world
 
 
+def version() -> str:
+    """The name and version of the MPI that Python loads; a `UserError` where it loads none, or another than the
+    launcher's."""
+    open_world()
+    from mpi4py import MPI
+
+    return " ".join(vendor(MPI).split())
+
+
 def leave_together() -> None:
     """Wait for all ranks, so that none leaves before rank 0 has spoken: a launcher may end the job when one rank leaves
     with a code that is not 0. Where MPI does not join the ranks, give rank 0 a second."""

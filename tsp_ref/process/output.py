@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 from ..errors import UserError
 
-PLAIN = {"Σ": "Sigma", "·": "*", "×": "x", "²": "^2", "³": "^3", "√": "sqrt", "ᵀ": "^T", "µ": "u", "…": "...", "─": "-", "━": "-",
-         "╶": "-", "╴": "-", "╸": "-", "╺": "-", "│": "|", "’": "'", "–": "-", "—": "-"}
+PLAIN = {"Σ": "Sigma", "·": "*", "×": "x", "²": "^2", "³": "^3", "√": "sqrt", "ᵀ": "^T", "µ": "u", "…": "...",
+         "─": "-", "━": "-", "╶": "-", "╴": "-", "╸": "-", "╺": "-", "│": "|", "’": "'", "–": "-", "—": "-"}
 """What is written for a character that an encoding does not have; for any other, its number."""
 
 
