@@ -288,7 +288,18 @@ def test_overlap_s_figures_and_picture_are_not_given_one_file(tmp_path, monkeypa
 
 
 def test_a_device_may_be_named_twice():
-    require_different({"--svg": os.devnull, "--trace": os.devnull, "--log": None})
+    require_different({"--svg": os.devnull, "--trace": os.devnull, "--log": None}, [])
+
+
+@pytest.mark.parametrize("command, option", [("train", "--svg"), ("train", "--trace"), ("train", "--log"),
+                                             ("compare", "--json"), ("overlap", "--json"), ("overlap", "--svg")])
+def test_a_text_that_is_read_is_not_written(command, option, tmp_path, capsys):
+    book, link = tmp_path / "book", tmp_path / "link"
+    book.write_bytes(b"word " * 200)
+    link.symlink_to(book)
+    assert main([command, "--preset", "tiny", "--ranks", "2", "--text", __file__, str(book), option, str(link)]) == 2
+    assert capsys.readouterr().err == f"error: {option} {link} and --text {book} are one file: name two\n"
+    assert book.read_bytes() == b"word " * 200
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="the system has no other name for an open file")

@@ -5,6 +5,7 @@ This is the only file that imports mpi4py.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import socket
@@ -175,8 +176,9 @@ class MPICommunicator(Communicator):
 
     def abort(self, code: int) -> None:
         """End all ranks at once, without waiting for any."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(UserError):  # of an output that cannot be written: nothing is in the way of the end
+                stream.flush()
         self._library.COMM_WORLD.Abort(code)
         os._exit(code)  # MPICH's Abort may return before this process is ended, and what comes after must not run
 

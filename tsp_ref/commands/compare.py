@@ -33,7 +33,7 @@ from ..training.collect import digest
 from ..training.data import Text, load_text, require_same_text
 from ..training.loop import Training
 from ..training.strategy import Plan, choose_strategy, meshes
-from .files import WholeFile, write_all
+from .files import WholeFile, require_different, write_all
 from .holdings import short
 
 ROUNDS = 3
@@ -106,6 +106,7 @@ def _prepare(
 ) -> tuple[Text, WholeFile]:
     """All that can be refused, before anything is measured."""
     threads.require_one("compare")
+    require_different({"--json": json_file}, text_paths or [])
     backend.counted(Memory(), Work())  # which refuses where nothing could be counted
     return load_text(text_paths, config), WholeFile("--json", json_file if comm.rank == 0 else None)
 

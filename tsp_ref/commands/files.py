@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO
 
 from ..comm.communicator import Communicator
@@ -128,11 +128,13 @@ def write_all(comm: Communicator, texts: Mapping[WholeFile, str]) -> None:
     agreed(comm, write)
 
 
-def require_different(paths: Mapping[str, str | None]) -> None:
-    """A `UserError` if two options, by their names, lead to one file by whatever way; a device may be named twice."""
-    named = [(option, path) for option, path in paths.items() if path is not None]
-    for (option, path), (other, another) in itertools.combinations(named, 2):
-        if _same_file(path, another):
+def require_different(written: Mapping[str, str | None], read: Iterable[str]) -> None:
+    """A `UserError` if two of the files that are written, by their options, are one by whatever way, or one of them is
+    a text that is read; a device may be named twice."""
+    named = [(option, path) for option, path in written.items() if path is not None]
+    texts = [("--text", path) for path in read]
+    for (option, path), (other, another) in itertools.combinations([*named, *texts], 2):
+        if other != option and _same_file(path, another):
             raise UserError(f"{option} {path} and {other} {another} are one file: name two")
 
 

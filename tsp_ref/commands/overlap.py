@@ -121,7 +121,7 @@ def _prepare(comm: Communicator, options: OverlapOptions, backend: Backend) -> t
     if options.ratio is not None and options.link is not None:
         raise UserError(f"--ratio {options.ratio:g} chooses a link, and --link {options.link} names one: use one of "
                         "the two")
-    require_different({"--json": options.json_file, **options.pictures.files})
+    require_different({"--json": options.json_file, **options.pictures.files}, options.text or [])
     choose_strategy(options.plan, comm, options.config, backend)
     file = WholeFile("--json", options.json_file if comm.rank == 0 else None)
     return load_text(options.text, options.config), Pictures(comm, options.pictures, options.plan.schedule), file

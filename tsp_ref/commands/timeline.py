@@ -16,7 +16,7 @@ from ..pictures.axis import end_of
 from ..pictures.chart import chart
 from ..pictures.svg import svg
 from ..pictures.trace import trace
-from .files import WholeFile, require_different, write_all
+from .files import WholeFile, write_all
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class Pictures:
         if options.option and schedule == "single":
             raise UserError(f"{options.option} shows ranks and their messages, and --schedule single has none: use one "
                             "of tp, sp, tp+sp, tsp")
-        require_different(options.files)
         self.trace = WholeFile("--trace", options.trace if comm.rank == 0 else None)
         self.svg = WholeFile("--svg", options.svg if comm.rank == 0 else None)
         self.timeline: Timeline | None = None

@@ -75,7 +75,7 @@ def _prepare(
     """All that can be refused, before the first message of the model."""
     if options.digest:
         threads.require_one("--digest")
-    require_different({"--log": options.log, **options.pictures.files})
+    require_different({"--log": options.log, **options.pictures.files}, options.text or [])
     text = load_text(options.text, options.config)
     pictures = Pictures(comm, options.pictures, options.plan.schedule)
     training = Training(options.config, comm, options.plan, text, backend)
