@@ -177,7 +177,7 @@ class MPICommunicator(Communicator):
     def abort(self, code: int) -> None:
         """End all ranks at once, without waiting for any."""
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(UserError):  # of an output that cannot be written: nothing is in the way of the end
+            with contextlib.suppress(UserError):  # an output that cannot be written is no reason to go on
                 stream.flush()
         self._library.COMM_WORLD.Abort(code)
         os._exit(code)  # MPICH's Abort may return before this process is ended, and what comes after must not run
