@@ -37,6 +37,7 @@ from tsp_ref.model.activations import AttentionSaved, MlpSaved
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, zero_parameters
 from tsp_ref.process.launch import refuse, start
+from tsp_ref.process.output import careful_output
 from tsp_ref.process.terminal import console_for
 from tsp_ref.training.data import Text
 
@@ -106,6 +107,7 @@ class Lesson:
         return 0
 
 
+@careful_output()
 def run(
     description: str, main: Callable[[Lesson], None], holes: Sequence[FunctionType] = (),
     more: Callable[[argparse.ArgumentParser], None] = lambda parser: None
@@ -125,8 +127,11 @@ def run(
     more(parser)
     if launcher_rank() != 0 and {"-h", "--help"}.intersection(sys.argv):
         sys.exit(0)
-    options = parser.parse_args()
     try:
+        try:
+            options = parser.parse_args()
+        finally:
+            sys.stdout.flush()  # of the help, here, where it can be said that it cannot be
         if holes and options.answer is not None:
             fill(holes, options.answer)
     except UserError as error:

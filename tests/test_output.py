@@ -57,18 +57,27 @@ def test_a_terminal_that_has_them_gets_the_characters_themselves():
     assert "µs" in text and "───" in text
 
 
+def lesson(number, *words):
+    """A lesson as it is typed; its exit code."""
+    (path,) = (ROOT / "lessons").glob(f"{number}_*.py")
+    with (mock.patch.object(sys, "argv", [str(path), *words]),
+          mock.patch.object(sys, "path", [str(path.parent), *sys.path]), pytest.raises(SystemExit) as ended):
+        runpy.run_path(str(path), run_name="__main__")
+    return ended.value.code
+
+
+@pytest.mark.parametrize("words", [["--ranks", "1"], ["--help"]])
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_a_lesson_prints_plain_characters_where_the_terminal_has_no_others(encoding):
-    path = ROOT / "lessons" / "10_two_axes.py"
-
-    def run():
-        with (mock.patch.object(sys, "argv", [str(path), "--ranks", "1"]),
-              mock.patch.object(sys, "path", [str(path.parent), *sys.path]), pytest.raises(SystemExit) as ended):
-            runpy.run_path(str(path), run_name="__main__")
-        return ended.value.code
-
-    text = printed(encoding, run)
+def test_a_lesson_prints_plain_characters_where_the_terminal_has_no_others(encoding, words):
+    text = printed(encoding, lambda: lesson("10", *words))
     assert "T x Sigma" in text and "Σ" not in text and "\\u" not in text
+
+
+@pytest.mark.parametrize("words", [["--ranks", "2"], ["--help"]])
+def test_an_output_that_nobody_reads_any_more_ends_a_lesson_with_one_line(words, capsys):
+    with contextlib.redirect_stdout(Broken(0)):
+        assert lesson("01", *words) == 2
+    assert capsys.readouterr().err == "error: standard output cannot be written: Broken pipe\n"
 
 
 @careful_output()

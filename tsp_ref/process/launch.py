@@ -35,8 +35,8 @@ def start(
         # A launcher of one process leaves that process free to have virtual ranks.
         if mpi.launched() and not (ranks is not None and mpi.launcher_size() == 1):
             if ranks is not None:
-                raise UserError(f"--ranks {ranks} asks for virtual ranks inside one process, and mpirun has started "
-                                "several processes: use one or the other")
+                raise UserError(f"--ranks {ranks} asks for virtual ranks inside one process, and a launcher "
+                                "has started this one: use one or the other")
             if shuffle is not None:
                 raise UserError(f"--shuffle {shuffle} orders the messages of virtual ranks: use it with --ranks N, "
                                 "not under mpirun")
