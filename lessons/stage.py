@@ -26,10 +26,10 @@ from rich.table import Table
 
 from tsp_ref.accounting.phase import OUTSIDE
 from tsp_ref.arrays import Array
+from tsp_ref.cli import Parser
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather, from_root, gather_texts
 from tsp_ref.comm.link import Link
-from tsp_ref.comm.mpi import launcher_rank
 from tsp_ref.errors import AgreedError, UserError
 from tsp_ref.grid.grid import Grid, share
 from tsp_ref.grid.tree import Node, Partial, Tree, add
@@ -118,20 +118,15 @@ def run(
     holes        functions of the lesson in whose place `--answer FILE` puts a reader's own
     more         adds the lesson's own options, which it finds in `lesson.options`
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, metavar="N", help="N virtual ranks in this process instead of mpirun")
     parser.add_argument("--shuffle", type=int, metavar="SEED", help="with --ranks: a random order of messages")
     if holes:
         parser.add_argument("--answer", metavar="FILE", help="a file with your own " + " or ".join(
             hole.__name__ for hole in holes) + ", which takes the place of the lesson's")
     more(parser)
-    if launcher_rank() != 0 and {"-h", "--help"}.intersection(sys.argv):
-        sys.exit(0)
     try:
-        try:
-            options = parser.parse_args()
-        finally:
-            sys.stdout.flush()  # of the help, here, where it can be said that it cannot be
+        options = parser.parse_args()
         if holes and options.answer is not None:
             fill(holes, options.answer)
     except UserError as error:

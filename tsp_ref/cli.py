@@ -90,6 +90,7 @@ class Parser(argparse.ArgumentParser):
         """Print on rank 0 only."""
         if launcher_rank() == 0:
             super().print_help(file)
+            sys.stdout.flush()  # here, where it can be said that it cannot be
 
 
 class Once(argparse.Action):
@@ -112,7 +113,7 @@ class Version(argparse.Action):
         """Every rank loads MPI, so that it ends on every rank."""
         text = version()
         if launcher_rank() == 0:
-            print(text)
+            print(text, flush=True)
         parser.exit()
 
 
@@ -121,11 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
     try:
-        try:
-            options = _parser().parse_args(arguments)
-            return int(options.run(options))
-        finally:
-            sys.stdout.flush()  # here, where it can be said that it cannot be
+        options = _parser().parse_args(arguments)
+        return int(options.run(options))
     except UserError as error:
         return refuse(error, debug)
 
