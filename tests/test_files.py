@@ -1,6 +1,7 @@
 """Files that commands write: nothing that lies at a path is replaced but a file, and nothing is lost to a failure."""
 
 import errno
+import itertools
 import json
 import os
 import stat
@@ -13,6 +14,7 @@ import pytest
 from tsp_ref.cli import main
 from tsp_ref.commands.files import LineFile, WholeFile, require_different
 from tsp_ref.errors import UserError
+from tsp_ref.training.data import Text
 
 TRAIN = ["train", "--preset", "tiny", "--steps", "1", "--text", __file__, "--set", "num_layers=1", "hidden_size=32",
          "ffn_size=48"]
@@ -264,6 +266,14 @@ def test_a_log_says_on_how_many_ranks_and_under_which_schedule_it_was(tmp_path):
     assert main([*TRAIN, "--ranks", "2", "--schedule", "sp", "--log", str(log)]) == 0
     start = json.loads(log.read_text().splitlines()[0])
     assert (start["ranks"], start["plan"]["schedule"]) == (2, "sp")
+
+
+def test_a_request_that_is_refused_leaves_no_log_behind(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Text, "fingerprint", property(lambda text: str(next(numbers))))
+    numbers = itertools.count()
+    assert "rank 1 read another text" in refused(capsys, "--ranks", "2", "--log", tmp_path / "log")
+    assert "cannot be written" in refused(capsys, "--log", tmp_path / "log", "--svg", tmp_path / "no" / "picture")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("options", [("--trace", "--svg"), ("--log", "--svg"), ("--log", "--trace")])

@@ -43,8 +43,10 @@ class TrainOptions:
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def train(comm: Communicator, options: TrainOptions, backend: Backend = HOST) -> int:
     """Train, and report on rank 0. Returns the exit code."""
-    training, pictures, log = agreed(comm, lambda: _prepare(comm, options, backend))
+    training, pictures = agreed(comm, lambda: _prepare(comm, options, backend))
     require_same_text(comm, training.text)
+    # Last, because it makes a file.
+    log = agreed(comm, lambda: LineFile("--log", options.log if comm.rank == 0 else None))
     console = console_for(comm.rank)
     _greet(console, training, options)
     with contextlib.closing(log):
@@ -71,15 +73,15 @@ def train(comm: Communicator, options: TrainOptions, backend: Backend = HOST) ->
 
 def _prepare(
     comm: Communicator, options: TrainOptions, backend: Backend
-) -> tuple[Training, Pictures, LineFile]:
-    """All that can be refused, before the first message of the model."""
+) -> tuple[Training, Pictures]:
+    """All that can be refused but the log, before the first message of the model."""
     if options.digest:
         threads.require_one("--digest")
     require_different({"--log": options.log, **options.pictures.files}, options.text or [])
     text = load_text(options.text, options.config)
     pictures = Pictures(comm, options.pictures, options.plan.schedule)
     training = Training(options.config, comm, options.plan, text, backend)
-    return training, pictures, LineFile("--log", options.log if comm.rank == 0 else None)
+    return training, pictures
 
 
 def _greet(console: Console, training: Training, options: TrainOptions) -> None:
