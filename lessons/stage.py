@@ -26,10 +26,10 @@ from rich.table import Table
 
 from tsp_ref.accounting.phase import OUTSIDE
 from tsp_ref.arrays import Array
+from tsp_ref.cli import Parser
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather, from_root, gather_texts
 from tsp_ref.comm.link import Link
-from tsp_ref.comm.mpi import launcher_rank
 from tsp_ref.errors import AgreedError, UserError
 from tsp_ref.grid.grid import Grid, share
 from tsp_ref.grid.tree import Node, Partial, Tree, add
@@ -37,6 +37,7 @@ from tsp_ref.model.activations import AttentionSaved, MlpSaved
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, zero_parameters
 from tsp_ref.process.launch import refuse, start
+from tsp_ref.process.output import careful_output
 from tsp_ref.process.terminal import console_for
 from tsp_ref.training.data import Text
 
@@ -106,6 +107,7 @@ class Lesson:
         return 0
 
 
+@careful_output()
 def run(
     description: str, main: Callable[[Lesson], None], holes: Sequence[FunctionType] = (),
     more: Callable[[argparse.ArgumentParser], None] = lambda parser: None
@@ -116,17 +118,15 @@ def run(
     holes        functions of the lesson in whose place `--answer FILE` puts a reader's own
     more         adds the lesson's own options, which it finds in `lesson.options`
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, metavar="N", help="N virtual ranks in this process instead of mpirun")
     parser.add_argument("--shuffle", type=int, metavar="SEED", help="with --ranks: a random order of messages")
     if holes:
         parser.add_argument("--answer", metavar="FILE", help="a file with your own " + " or ".join(
             hole.__name__ for hole in holes) + ", which takes the place of the lesson's")
     more(parser)
-    if launcher_rank() != 0 and {"-h", "--help"}.intersection(sys.argv):
-        sys.exit(0)
-    options = parser.parse_args()
     try:
+        options = parser.parse_args()
         if holes and options.answer is not None:
             fill(holes, options.answer)
     except UserError as error:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from functools import cache
 from unittest import mock
 
+import numpy as np
 import pytest
 import within
 from cases import single_training
@@ -17,7 +18,7 @@ from cases import single_training
 from tsp_ref.comm.control import gather_texts
 from tsp_ref.model.config import make_config
 from tsp_ref.process import jobs
-from tsp_ref.process.jobs import ROOT, TEXT, begin, collect, end, mpirun
+from tsp_ref.process.jobs import ROOT, TEXT, begin, begin_words, collect, end, mpiexec, mpirun
 from tsp_ref.training.collect import digest
 from tsp_ref.training.data import load_text
 
@@ -266,6 +267,56 @@ def test_an_impossible_request_is_one_line_of_one_rank_and_exit_code_2_of_all(co
     first, *others = gather_texts(comm, ended.errors)
     assert first.startswith("error: ") and first.count("\n") == 1 and ALSO_REFUSED[request_] in first
     assert others == [""] * (comm.size - 1)
+
+
+@pytest.mark.ranks(2)
+def test_ranks_that_are_given_other_texts_are_told_so_and_not_compared(n, tmp_path):
+    parts = []
+    for name in "ab":
+        (tmp_path / name).write_text(name * 1000)
+        words = [sys.executable, "-m", "tsp_ref", "verify", "--text", str(tmp_path / name)]
+        parts.append(["-n", str(n // 2), *words])
+    job = begin_words(mpiexec(), *parts[0], ":", *parts[1])
+    job.wait(60)
+    ended = collect(job)
+    assert ended.code == 2 and "EQUAL" not in ended.output, ended.output + ended.errors
+    assert ended.errors.count(f"error: rank 1 read another text than rank 0 from {tmp_path / 'a'}") == 1
+
+
+FULL_ON_RANK_0 = """
+import contextlib, os, sys
+from tsp_ref.cli import main
+from tsp_ref.comm.mpi import launcher_rank
+
+with contextlib.ExitStack() as stack:
+    if launcher_rank() == 0:
+        stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open("/dev/full", "w"))))
+    code = main(sys.argv[1:])
+sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("program", [("-c", FULL_ON_RANK_0, "train"), ("-m", "tsp_ref", "train", "--log", "/dev/full")])
+@pytest.mark.ranks(4)
+def test_an_output_or_a_log_that_is_full_ends_all_ranks_with_one_line(n, program):
+    ended = mpirun(n, *program, "--preset", "tiny", "--steps", "3", *TEXT)
+    said = "--log /dev/full" if "--log" in program else "standard output"
+    assert ended.code == 2, ended.output + ended.errors
+    assert ended.errors.count("error: ") == 1 and "Traceback" not in ended.errors
+    assert f"error: on rank 0: {said} cannot be written: No space left on device" in ended.errors
+
+
+@pytest.mark.ranks(4)
+def test_the_version_and_the_help_without_a_command_are_printed_once(n):
+    for words, line in ((["--version"], f"NumPy {np.__version__}"), ([], "usage: tsp-ref ")):
+        ended = mpirun(n, "-m", "tsp_ref", *words)
+        assert ended.code == 0 and ended.output.count(line) == 1, ended.output + ended.errors
+
+
+def test_virtual_ranks_run_in_a_job_of_one_process():
+    ended = mpirun(1, *TINY, *TEXT, "--steps", "1", "--ranks", "2")
+    assert ended.code == 0 and "tsp on 2 ranks" in ended.output, ended.errors
 
 
 @pytest.mark.ranks(4)

@@ -1,6 +1,8 @@
 """Text: where it is found, how it is split, and batches that are the same on any number of ranks."""
 
 import dataclasses
+import tracemalloc
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +149,63 @@ def test_a_fingerprint_is_that_of_the_bytes(tmp_path: Path) -> None:
     assert prints[0] == prints[1] != prints[2]
 
 
+def test_a_fingerprint_is_one_of_both_lengths_and_all_bytes(tmp_path: Path) -> None:
+    file = random_file(tmp_path / "text", 400)
+    assert load_text([str(file)], CONFIG).fingerprint == sha256(b"335 65 " + file.read_bytes()).hexdigest()
+
+
+SIZE = 32 << 20
+
+
+def peak_of_loading(paths: list[Path]) -> int:
+    """The most bytes that Python and NumPy held while a text was found and its fingerprint taken."""
+    tracemalloc.start()
+    try:
+        text = load_text([str(path) for path in paths], CONFIG)
+        assert len(text.training) + len(text.validation) >= SIZE and len(text.fingerprint) == 64
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_large_file_is_not_in_memory_of_its_own(tmp_path: Path) -> None:
+    file = tmp_path / "large"
+    with file.open("wb") as sparse:
+        sparse.truncate(SIZE)
+    assert peak_of_loading([file]) < SIZE // 16
+
+
+def test_many_files_are_in_memory_once(tmp_path: Path) -> None:
+    for number in range(16):
+        (tmp_path / str(number)).write_bytes(bytes(SIZE // 16))
+    assert peak_of_loading([tmp_path]) < 1.5 * SIZE
+
+
+def test_a_mapped_text_trains_on_the_bytes_of_a_read_one(tmp_path: Path) -> None:
+    file, empty = random_file(tmp_path / "text", 3000), random_file(tmp_path / "empty", 0)
+    mapped, read = load_text([str(file)], CONFIG), load_text([str(file), str(empty)], CONFIG)
+    assert mapped.fingerprint == read.fingerprint
+    for part in (TRAINING, VALIDATION):
+        assert np.array_equal(assembled(mapped, 2, part, 0), assembled(read, 2, part, 0))
+
+
+def test_a_text_cannot_be_changed(tmp_path: Path) -> None:
+    files = [random_file(tmp_path / name, 300) for name in "ab"]
+    for paths in (files[:1], files):
+        text = load_text([str(path) for path in paths], CONFIG)
+        assert not text.training.flags.writeable and not text.validation.flags.writeable
+
+
+def test_an_empty_path_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_file(tmp_path / "text", 500)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--text '' names no file"):
+        load_text([""], CONFIG)
+    with pytest.raises(UserError, match="--text '' names no file"):
+        load_text(["text", ""], CONFIG)
+    assert len(whole(load_text(["."], CONFIG))) == 500
+
+
 def test_a_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     random_file(tmp_path / "there", 500)
     assert refusal([tmp_path / "there", tmp_path / "not"]).startswith(
@@ -161,9 +220,10 @@ def test_a_path_that_the_system_cannot_look_up_is_refused() -> None:
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = random_file(tmp_path / "secret", 500)
 
-    def deny(path: Path) -> bytes:
+    def deny(path: Path, *mode: str) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
+    monkeypatch.setattr(Path, "open", deny)
     monkeypatch.setattr(Path, "read_bytes", deny)
     assert refusal([file]) == f"--text {file} cannot be read: Permission denied"
 

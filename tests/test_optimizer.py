@@ -149,6 +149,17 @@ def test_the_rate_falls_to_its_minimum_at_the_last_step() -> None:
     assert rates[-1] == pytest.approx(config.final_rate * config.learning_rate, rel=1e-12)
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(2, 1), (11, 10), (1, 0), (3, 1)])
+def test_the_last_step_after_a_warm_up_is_at_the_final_rate_however_short_the_fall(steps: int, warmup: int) -> None:
+    config = Config(steps=steps, warmup_steps=warmup, learning_rate=1.0, final_rate=0.1)
+    assert learning_rate(config, steps - 1) == pytest.approx(0.1, rel=1e-12)
+
+
+def test_the_rate_does_not_fall_within_the_warm_up() -> None:
+    config = Config(steps=3, warmup_steps=3, learning_rate=3.0, final_rate=0.1)
+    assert [learning_rate(config, step) for step in range(3)] == [1.0, 2.0, 3.0]
+
+
 def test_the_rate_falls_as_half_a_cosine() -> None:
     """Slowly, quickly, slowly: the difference to the middle is odd around it."""
     config = Config(steps=1_000_000, warmup_steps=0)

@@ -293,7 +293,7 @@ def test_a_forward_and_backward_is_drawn_by_overlap(capsys, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--trace", "no/such/a.json"], "--trace no/such/a.json cannot be written: No such file or directory"),
     (["--svg", "."], "--svg . cannot be written: it is a folder"),
-    (["--svg", ""], "cannot be written"),
+    (["--svg", ""], "argument --svg: an empty path names no file: give one, or leave the option out"),
     (["--svg", "same", "--trace", "same"], "--trace same and --svg same are one file: name two"),
     (["--trace", "fine.json", "--svg", "no/a.svg"], "--svg no/a.svg cannot be written: No such file or directory"),
     (["--timeline", "--schedule", "single"], "--timeline shows ranks and their messages, and --schedule single has"),

@@ -1,11 +1,13 @@
 """Training as a whole: against a textbook loop on whole arrays, and what the digest and the initial weights are."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 from cases import case_config, random_text, single_training
 
+from tsp_ref.cli import main
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.grid.grid import folded
 from tsp_ref.model.model import Model
@@ -15,6 +17,45 @@ from tsp_ref.training.collect import digest
 from tsp_ref.training.data import Text
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
+
+TRAIN = ["train", "--preset", "tiny", "--steps", "1", "--text", __file__, "--set", "num_layers=1", "hidden_size=32",
+         "ffn_size=48", "warmup_steps=0"]
+
+
+def refused(capsys, *arguments):
+    """The one line with which the command line ends."""
+    assert main([*TRAIN, *map(str, arguments)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
+    return errors
+
+
+def strict(log):
+    """A log's records, read by the letter of JSON."""
+    def never(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    return [json.loads(line, parse_constant=never) for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_model_that_the_last_step_destroys_is_one_line_and_exit_code_2(ranks, capsys, tmp_path):
+    log, broken = tmp_path / "log", ["--set", "learning_rate=1e20", "weight_decay=0"]
+    assert "validation loss=nan at step 1 is not finite: lower learning_rate" in refused(
+        capsys, *broken, "--log", log, "--ranks", ranks)
+    assert [set(record) & {"start", "step", "validation_loss"} for record in strict(log)] == [{"start"}, {"step"}]
+
+
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+@pytest.mark.parametrize("command", ["train", "verify"])
+def test_a_gradient_norm_that_is_not_finite_is_one_line_and_exit_code_2(norm, command, capsys, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    monkeypatch.setattr(Training, "update", lambda training: norm)
+    assert main([command, *TRAIN[1:], "--ranks", "2", *(("--log", str(log)) if command == "train" else ())]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: gradient norm={norm} at step 1 is not finite: lower learning_rate")
+    assert errors.count("\n") == 1
+    assert command == "verify" or [set(record) & {"start", "step"} for record in strict(log)] == [{"start"}]
 
 
 def leaves(weights):

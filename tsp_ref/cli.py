@@ -24,6 +24,8 @@ from .grid.grid import LAYOUTS
 from .model.config import PLANNING_ONLY, PRESETS, Config, make_config
 from .model.model import RECOMPUTE
 from .process.launch import refuse, start
+from .process.output import careful_output
+from .process.version import version
 from .training.strategy import SCHEDULES, Plan
 
 DESCRIPTION = """\
@@ -38,6 +40,9 @@ what a single process computes.
   python -m tsp_ref train --digest --schedule single --preset tiny
 """
 
+
+FEW_STEPS = ["steps=2"]
+"""What is set over a preset where every step is compared, or measured."""
 
 OVERLAP = """\
 How much of the messages' time is hidden under the computation, in two ways.
@@ -85,8 +90,34 @@ class Parser(argparse.ArgumentParser):
         """Print on rank 0 only."""
         if launcher_rank() == 0:
             super().print_help(file)
+            sys.stdout.flush()  # here, where it can be said that it cannot be
 
 
+class Once(argparse.Action):
+    """An option that may not be given twice."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Keep the first value, and refuse another."""
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "it is given twice: give one file")
+        setattr(namespace, self.dest, values)
+
+
+class Version(argparse.Action):
+    """Print all versions, on rank 0 only, and leave."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Every rank loads MPI, so that it ends on every rank."""
+        text = version()
+        if launcher_rank() == 0:
+            print(text, flush=True)
+        parser.exit()
+
+
+@careful_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
@@ -99,25 +130,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="tsp-ref", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_fields())
-    commands = parser.add_subparsers(
-        dest="command", required=True, metavar="train | verify | compare | overlap | messages")
-    form: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _fields()}
+        prog="tsp-ref", description=DESCRIPTION, **_form(make_config()))
+    parser.add_argument("--version", action=Version, help="the versions of this program, NumPy, its BLAS, and MPI")
+    parser.set_defaults(run=lambda options: _help(parser))  # where no command is given
+    commands = parser.add_subparsers(dest="command", metavar="train | verify | compare | overlap | messages")
 
     training = commands.add_parser(
-        "train", help="train a byte-level language model", **form,
+        "train", help="train a byte-level language model", **_form(make_config()),
         description="Train a byte-level language model on text, and show at the end what each rank held and sent.")
     training.add_argument("--digest", action="store_true",
                           help="end with a SHA-256 over the bits of losses, gradients, weights and optimizer state: "
                                "the same for any number of ranks, schedule, mesh, layout and recomputation")
-    training.add_argument("--log", metavar="FILE.jsonl", help="append a JSON line for each step")
+    _file_option(training, "--log", "FILE.jsonl", "append a JSON line for each step, after one for the request")
     _picture_options(training, "the last step")
     _plan_options(training)
     _common(training, preset="small", steps="the preset's")
     training.set_defaults(run=_train)
 
     verifying = commands.add_parser(
-        "verify", help="compare N ranks with the single process, bit by bit", **form,
+        "verify", help="compare N ranks with the single process, bit by bit", **_form(make_config("tiny", FEW_STEPS)),
         description="Train on N ranks and in a single process in the same job, and compare every activation, gradient, "
                     "weight and moment. Exit code 0 only if every bit agrees.")
     _plan_options(verifying)
@@ -125,34 +156,39 @@ def _parser() -> Parser:
     verifying.set_defaults(run=_verify)
 
     comparing = commands.add_parser(
-        "compare", help="all schedules at this N, measured side by side", **form,
+        "compare", help="all schedules at this N, measured side by side", **_form(make_config("tiny", FEW_STEPS)),
         description="Train a few steps under TP, SP, TP+SP on every mesh of N, and TSP, and in a single process, and "
                     "show what each rank holds at most, sends and computes, the time of a step, and TSP against each. "
                     "Exit code 0 only if all agree in every bit.")
     _layout_options(comparing)
-    comparing.add_argument("--json", metavar="FILE",
-                           help="write a list of objects, one for each schedule: schedule, mesh, digest, "
-                                "model_state_bytes, activation_bytes, peak_bytes, forward_bytes_sent, "
-                                "backward_bytes_sent, messages, balance, step_seconds; the largest over the ranks")
+    _file_option(comparing, "--json", "FILE",
+                 "write a list of objects, one for each schedule: schedule, mesh, digest, model_state_bytes, "
+                 "activation_bytes, peak_bytes, forward_bytes_sent, backward_bytes_sent, messages, balance, "
+                 "step_seconds; the largest over the ranks")
     _common(comparing, preset="tiny", steps="2")
     comparing.set_defaults(run=_compare)
 
     _overlap_parser(commands.add_parser(
-        "overlap", help="how much of the messages' time is hidden under the computation",
-        formatter_class=argparse.RawDescriptionHelpFormatter, description=OVERLAP, epilog=_fields()))
-    _messages_parser(commands, form)
+        "overlap", help="how much of the messages' time is hidden under the computation", description=OVERLAP,
+        **_form(make_config(*MODEL))))
+    _messages_parser(commands)
     return parser
+
+
+def _help(parser: argparse.ArgumentParser) -> int:
+    parser.print_help()
+    return 0
 
 
 def _overlap_parser(parser: argparse.ArgumentParser) -> None:
     _plan_options(parser)
     parser.add_argument("--ratio", type=float, metavar="R",
                         help=f"choose a link on which messages alone take R of the computation's time ({RATIO:g})")
-    parser.add_argument("--json", metavar="FILE",
-                        help="write a list of objects, for the forward and for forward and backward: schedule, "
-                             "part, rounds, link, link_shared; medians comm_seconds, compute_seconds, "
-                             "both_seconds, exposed_seconds; hidden_fraction and hidden_by_waits, null where "
-                             "verdict and verdict_by_waits say why; quartiles, [lower, upper] of each")
+    _file_option(parser, "--json", "FILE",
+                 "write a list of objects, for the forward and for forward and backward: schedule, part, rounds, link, "
+                 "link_shared; medians comm_seconds, compute_seconds, both_seconds, exposed_seconds; hidden_fraction "
+                 "and hidden_by_waits, null where verdict and verdict_by_waits say why; quartiles, [lower, upper] of "
+                 "each")
     parser.add_argument("--repeats", type=int, default=REPEATS, metavar="K",
                         help=f"rounds at most ({REPEATS}): {ROUNDS}, and more where they contradict each other")
     _picture_options(parser, "a forward and backward")
@@ -161,25 +197,37 @@ def _overlap_parser(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_overlap, preset=None)
 
 
-def _messages_parser(commands: Any, form: dict[str, Any]) -> None:
+def _messages_parser(commands: Any) -> None:
     parser = commands.add_parser(
-        "messages", help="what one rank posts, computes and waits for in a step, in order", **form,
-        description=HELP)
+        "messages", help="what one rank posts, computes and waits for in a step, in order", description=HELP,
+        **_form(make_config("tiny", small_grid(1))))
     parser.add_argument("--rank", type=int, default=0, metavar="R", help="whose step is printed (0)")
     parser.add_argument("--part", metavar="|".join(PARTS), help="only this sub-layer (all)")
     parser.add_argument("--direction", metavar="|".join(DIRECTIONS), help="only the forward, or only the backward")
     parser.add_argument("--layer", type=int, metavar="I", help="only this layer's attention and MLP, from 0 on")
     _plan_options(parser)
-    _common(parser, preset="tiny, in 4 blocks and 8 tiles on up to 4 ranks", steps="one is printed")
+    _common(parser, preset="tiny, in 4 blocks and 8 tiles on up to 4 ranks", steps=None)
     parser.set_defaults(run=_messages, preset=None)
 
 
 def _picture_options(parser: argparse.ArgumentParser, step: str) -> None:
     parser.add_argument("--timeline", action="store_true",
                         help=f"draw {step}: when each rank computed, waited, and had messages in flight")
-    parser.add_argument("--trace", metavar="FILE.json",
-                        help=f"write {step} as a trace for https://ui.perfetto.dev: every tile, wait and message")
-    parser.add_argument("--svg", metavar="FILE.svg", help="write the timeline as a picture")
+    _file_option(parser, "--trace", "FILE.json",
+                 f"write {step} as a trace for https://ui.perfetto.dev: every tile, wait and message")
+    _file_option(parser, "--svg", "FILE.svg", "write the timeline as a picture")
+
+
+def _file_option(parser: argparse.ArgumentParser, option: str, metavar: str, meaning: str) -> None:
+    """A file that is written: of two only the last would be."""
+    parser.add_argument(option, type=_path, action=Once, metavar=metavar, help=meaning)
+
+
+def _path(text: str) -> str:
+    """A path as it was given; empty, as of a shell's variable that is not set, it would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty path names no file: give one, or leave the option out")
+    return text
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
@@ -252,7 +300,7 @@ def _common(
     parser.add_argument("--preset", default=preset, metavar="|".join(PRESETS), help=f"sizes to begin with ({preset})")
     parser.add_argument("--steps", type=int, metavar="K",
                         help=f"optimizer steps ({steps})" if steps else argparse.SUPPRESS)
-    parser.add_argument("--text", nargs="+", metavar="PATH",
+    parser.add_argument("--text", nargs="+", action="extend", type=_path, metavar="PATH",
                         help="files or folders to learn from (the source of Python's standard library)")
     parser.add_argument("--dtype", metavar="float32|float64", help="of every floating array (float32)")
     parser.add_argument("--seed", type=int, metavar="I", help="of initial weights and batches (0)")
@@ -283,13 +331,13 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    options.steps = 2 if options.steps is None else options.steps
+    options.settings = [*FEW_STEPS, *options.settings]
     config, plan = _config(options), _plan(options)
     return _start(options, lambda comm, backend: verify(comm, config, plan, options.text, backend))
 
 
 def _compare(options: argparse.Namespace) -> int:
-    options.steps = 2 if options.steps is None else options.steps
+    options.settings = [*FEW_STEPS, *options.settings]
     config, plan = _config(options), Plan(layout=options.layout, recompute=options.recompute, stack=options.stack)
     return _start(options, lambda comm, backend: compare(comm, config, plan, options.text, options.json, backend))
 
@@ -305,6 +353,8 @@ def _overlap(options: argparse.Namespace) -> int:
 
 
 def _messages(options: argparse.Namespace) -> int:
+    if options.steps is not None:
+        raise UserError(f"--steps {options.steps} is not for messages, which prints one step: leave it out")
     if options.ranks is None and not launched():
         options.ranks = 4
 
@@ -319,7 +369,9 @@ def _messages(options: argparse.Namespace) -> int:
     return _start(options, lambda comm, backend: messages(comm, request, backend))
 
 
-def _fields() -> str:
-    """Every field of the configuration with its default, for --help."""
-    lines = [f"  {item.name:<22}{item.default!s:<10} {item.metadata['meaning']}" for item in dataclasses.fields(Config)]
-    return "fields for --set, with the defaults of the preset small:\n" + "\n".join(lines)
+def _form(config: Config) -> dict[str, Any]:
+    """How --help is laid out: as it is written, and at its end every field of the configuration with its default."""
+    lines = [f"  {item.name:<22}{getattr(config, item.name)!s:<10} {item.metadata['meaning']}"
+             for item in dataclasses.fields(Config)]
+    return {"formatter_class": argparse.RawDescriptionHelpFormatter,
+            "epilog": "fields for --set, with what they are by default here:\n" + "\n".join(lines)}

@@ -15,6 +15,7 @@ from .communicator import Communicator
 Result = TypeVar("Result")
 
 TEXT_BYTES = 2048
+PATHS = "surrogateescape"  # a text may name a path that is not valid UTF-8, or be cut within a character
 
 
 class ControlTag(IntEnum):
@@ -26,9 +27,9 @@ class ControlTag(IntEnum):
 def gather_texts(comm: Communicator, text: str) -> list[str]:
     """Every rank's text (its first 2048 bytes), in the order of ranks, on every rank."""
     mine = np.zeros(TEXT_BYTES, dtype=np.uint8)
-    coded = np.frombuffer(text.encode()[:TEXT_BYTES], dtype=np.uint8)
+    coded = np.frombuffer(text.encode(errors=PATHS)[:TEXT_BYTES], dtype=np.uint8)
     mine[: len(coded)] = coded
-    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in all_gather(comm, mine)]
+    return [row.tobytes().rstrip(b"\0").decode(errors=PATHS) for row in all_gather(comm, mine)]
 
 
 def all_gather(comm: Communicator, mine: Array) -> list[Array]:
@@ -58,14 +59,14 @@ def agreed(comm: Communicator, prepare: Callable[[], Result]) -> Result:
 
 def text_from(comm: Communicator, source: int, text: str) -> str:
     """One rank's text, of any length, on rank 0; every rank must call it, and all others get an empty one."""
-    coded = np.frombuffer(text.encode() if comm.rank == source else b"", dtype=np.uint8)
+    coded = np.frombuffer(text.encode(errors=PATHS) if comm.rank == source else b"", dtype=np.uint8)
     size = int(all_gather(comm, np.array([coded.size]))[source][0])
     if comm.rank == source != 0:
         comm.Wait(comm.Isend(coded, 0, ControlTag.CONTROL))
     elif comm.rank == 0 != source:
         coded = np.empty(size, dtype=np.uint8)
         comm.Wait(comm.Irecv(coded, source, ControlTag.CONTROL))
-    return coded.tobytes().decode() if comm.rank == 0 else ""
+    return coded.tobytes().decode(errors=PATHS) if comm.rank == 0 else ""
 
 
 def from_root(comm: Communicator, number: int) -> int:

@@ -5,6 +5,7 @@ This is the only file that imports mpi4py.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import socket
@@ -53,6 +54,11 @@ def launched() -> bool:
 def launcher_rank() -> int:
     """The rank that the launcher gave this process, known without MPI; 0 without a launcher."""
     return _first_number(RANK_VARIABLES) or 0
+
+
+def launcher_size() -> int | None:
+    """How many ranks the launcher started, if it says so."""
+    return _first_number(SIZE_VARIABLES)
 
 
 class MPICommunicator(Communicator):
@@ -170,8 +176,9 @@ class MPICommunicator(Communicator):
 
     def abort(self, code: int) -> None:
         """End all ranks at once, without waiting for any."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(UserError):  # an output that cannot be written is no reason to go on
+                stream.flush()
         self._library.COMM_WORLD.Abort(code)
         os._exit(code)  # MPICH's Abort may return before this process is ended, and what comes after must not run
 
@@ -197,6 +204,15 @@ def open_world() -> MPICommunicator:
     world = MPICommunicator(MPI)
     sys.excepthook = lambda kind, error, trace: fail(world, error, trace)
     return world
+
+
+def version() -> str:
+    """The name and version of the MPI that Python loads; a `UserError` where it loads none, or another than the
+    launcher's."""
+    open_world()
+    from mpi4py import MPI
+
+    return " ".join(vendor(MPI).split())
 
 
 def leave_together() -> None:

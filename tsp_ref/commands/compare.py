@@ -33,7 +33,7 @@ from ..training.collect import digest
 from ..training.data import Text, load_text, require_same_text
 from ..training.loop import Training
 from ..training.strategy import Plan, choose_strategy, meshes
-from .files import WholeFile
+from .files import WholeFile, require_different, write_all
 from .holdings import short
 
 ROUNDS = 3
@@ -93,7 +93,7 @@ def compare(
         peaks.append(peak)
     for row, seconds in zip(rows, _time(console, comm, config, plans, text)):
         row.step_seconds = seconds
-    file.write(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+    write_all(comm, {file: json.dumps([dataclasses.asdict(row) for row in rows], indent=1, allow_nan=False)})
     _report(console, config, plans, rows, peaks, refused)
     agree = len({row.digest for row in rows}) == 1
     console.print("[green]One digest[/], every bit of every schedule" if agree else "[red]THE DIGESTS DIFFER[/]",
@@ -106,6 +106,7 @@ def _prepare(
 ) -> tuple[Text, WholeFile]:
     """All that can be refused, before anything is measured."""
     threads.require_one("compare")
+    require_different({"--json": json_file}, text_paths or [])
     backend.counted(Memory(), Work())  # which refuses where nothing could be counted
     return load_text(text_paths, config), WholeFile("--json", json_file if comm.rank == 0 else None)
 

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from rich.console import Console
 
 from ..backends.host import HOST, Backend
@@ -15,7 +16,7 @@ from ..errors import UserError
 from ..model.config import Config
 from ..pictures.score import CALLS, IN_LAYERS, Visit, lines_of, score, totals
 from ..process.terminal import console_for
-from ..training.data import load_text
+from ..training.data import load_text, require_same_text
 from ..training.loop import Training
 from ..training.strategy import SCHEDULES, Plan
 
@@ -100,10 +101,13 @@ class MessagesOptions:
     text: list[str] | None = None
 
 
+# Overflow shows in the loss, where it ends the run with one line; NumPy would warn on every rank besides.
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def messages(comm: Communicator, options: MessagesOptions, backend: Backend = HOST) -> int:
     """Run a training step on all ranks, and print on rank 0 what one of them did. Returns 0."""
     console = console_for(comm.rank)
     training = agreed(comm, lambda: _prepare(comm, options, backend))
+    require_same_text(comm, training.text)
     width = from_root(comm, max(NARROWEST, console.width))
     script: list[Event] = []
     comm.script = script

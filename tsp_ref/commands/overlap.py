@@ -18,9 +18,9 @@ from ..comm.mpi import cores
 from ..errors import UserError
 from ..model.config import Config
 from ..process.terminal import console_for
-from ..training.data import Text, load_text
+from ..training.data import Text, load_text, require_same_text
 from ..training.strategy import Plan, choose_strategy
-from .files import WholeFile
+from .files import WholeFile, require_different, write_all
 from .rehearsed import Rehearsed
 from .rounds import NOISY, Overlap, Spread, Verdict
 from .timeline import PictureOptions, Pictures
@@ -90,6 +90,7 @@ def overlap(comm: Communicator, options: OverlapOptions, backend: Backend = HOST
     """Time messages, computation and both by turns, for a forward and for forward and backward. Returns 0."""
     console = console_for(comm.rank)
     text, pictures, file = agreed(comm, lambda: _prepare(comm, options, backend))
+    require_same_text(comm, text)
     hurdle = _agreed_obstacle(comm)
     if hurdle is not None:
         console.print(f"{hurdle.full}\n", highlight=False)
@@ -104,7 +105,8 @@ def overlap(comm: Communicator, options: OverlapOptions, backend: Backend = HOST
     pictures.collect()
     _show(console, found, link, comm.size)
     pictures.draw(console, f"forward and backward of {options.plan}")
-    file.write(json.dumps([row.row() | {"link": link, "link_shared": options.link_shared} for row in found], indent=1))
+    rows = [row.row() | {"link": link, "link_shared": options.link_shared} for row in found]
+    write_all(comm, {file: json.dumps(rows, indent=1, allow_nan=False)})
     return 0
 
 
@@ -119,6 +121,7 @@ def _prepare(comm: Communicator, options: OverlapOptions, backend: Backend) -> t
     if options.ratio is not None and options.link is not None:
         raise UserError(f"--ratio {options.ratio:g} chooses a link, and --link {options.link} names one: use one of "
                         "the two")
+    require_different({"--json": options.json_file, **options.pictures.files}, options.text or [])
     choose_strategy(options.plan, comm, options.config, backend)
     file = WholeFile("--json", options.json_file if comm.rank == 0 else None)
     return load_text(options.text, options.config), Pictures(comm, options.pictures, options.plan.schedule), file

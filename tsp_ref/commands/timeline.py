@@ -16,7 +16,7 @@ from ..pictures.axis import end_of
 from ..pictures.chart import chart
 from ..pictures.svg import svg
 from ..pictures.trace import trace
-from .files import WholeFile
+from .files import WholeFile, write_all
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class PictureOptions:
     chart: bool = False
     trace: str | None = None
     svg: str | None = None
+
+    @property
+    def files(self) -> dict[str, str | None]:
+        """The files that are asked for, by their options."""
+        return {"--trace": self.trace, "--svg": self.svg}
 
     @property
     def option(self) -> str | None:
@@ -46,8 +51,6 @@ class Pictures:
         if options.option and schedule == "single":
             raise UserError(f"{options.option} shows ranks and their messages, and --schedule single has none: use one "
                             "of tp, sp, tp+sp, tsp")
-        if options.trace is not None and options.trace == options.svg:
-            raise UserError(f"--trace {options.trace} and --svg {options.svg} are one file: name two")
         self.trace = WholeFile("--trace", options.trace if comm.rank == 0 else None)
         self.svg = WholeFile("--svg", options.svg if comm.rank == 0 else None)
         self.timeline: Timeline | None = None
@@ -68,17 +71,17 @@ class Pictures:
             self.lanes = gather_lanes(self.comm, self.timeline)
 
     def draw(self, console: Console, what: str) -> None:
-        """Print the chart, write the files."""
-        if not self.lanes:
+        """Print the chart, write the files. Every rank must call it; an `AgreedError` if one cannot be written."""
+        if self.timeline is None:
             return
         ranks = "1 rank" if self.comm.size == 1 else f"{self.comm.size} ranks"
-        title = f"{what} on {ranks}: {1e3 * end_of(self.lanes):.1f} ms"
-        if self.options.chart:
+        title = f"{what} on {ranks}: {1e3 * end_of(self.lanes):.1f} ms" if self.lanes else ""
+        if self.options.chart and self.lanes:
             error = max(lane.clock_error for lane in self.lanes)
             console.print(f"\n{title}; the ranks' clocks are compared to within {1e6 * error:.0f} µs", highlight=False)
             console.print(chart(self.lanes, console.width))
-        self.trace.write(trace(self.lanes, title))
-        self.svg.write(svg(self.lanes, title))
+        pictures = {file: draw for file, draw in ((self.trace, trace), (self.svg, svg)) if file.path is not None}
+        write_all(self.comm, {file: draw(self.lanes, title) for file, draw in pictures.items()})
         for file in (self.trace, self.svg):
             if file.path is not None:
                 console.print(f"{title}, in {file.path}", highlight=False, markup=False, soft_wrap=True)

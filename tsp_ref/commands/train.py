@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import time
 from dataclasses import dataclass, field
-from typing import IO
 
 import numpy as np
 from rich.console import Console
@@ -17,7 +15,6 @@ from ..accounting.memory import MODEL_STATE
 from ..backends.host import HOST, Backend
 from ..comm.communicator import Communicator
 from ..comm.control import agreed
-from ..errors import UserError
 from ..model.config import Config
 from ..process import threads
 from ..process.terminal import console_for
@@ -25,6 +22,7 @@ from ..training.collect import digest
 from ..training.data import load_text, require_same_text
 from ..training.loop import StepReport, Training
 from ..training.strategy import Plan
+from .files import LineFile, require_different
 from .holdings import holdings_table, short
 from .timeline import PictureOptions, Pictures
 
@@ -41,19 +39,25 @@ class TrainOptions:
     pictures: PictureOptions = field(default_factory=PictureOptions)
 
 
+# Overflow shows in the loss, where it ends the run with one line; NumPy would warn on every rank besides.
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def train(comm: Communicator, options: TrainOptions, backend: Backend = HOST) -> int:
     """Train, and report on rank 0. Returns the exit code."""
-    training, pictures, log = agreed(comm, lambda: _prepare(comm, options, backend))
+    training, pictures = agreed(comm, lambda: _prepare(comm, options, backend))
     require_same_text(comm, training.text)
+    # Last, because it makes a file.
+    log = agreed(comm, lambda: LineFile("--log", options.log if comm.rank == 0 else None))
     console = console_for(comm.rank)
     _greet(console, training, options)
-    with log or contextlib.nullcontext():
+    with contextlib.closing(log):
+        log.write({"start": dataclasses.asdict(options.config), "plan": dataclasses.asdict(options.plan),
+                   "ranks": comm.size})
         _run_steps(console, training, pictures, log)
         pictures.collect()
         validation = training.validate()
         console.print(f"validation loss {validation:.4f} on held-out text; training loss "
                       f"{training.losses[0]:.4f} -> {training.losses[-1]:.4f}", highlight=False)
-        _write(log, {"validation_loss": validation})
+        log.write({"validation_loss": validation})
         console.print(holdings_table(training))
         peak = backend.peak_bytes()
         if peak is not None:
@@ -62,33 +66,22 @@ def train(comm: Communicator, options: TrainOptions, backend: Backend = HOST) ->
         pictures.draw(console, f"step {options.config.steps} of {options.plan}")
         if options.digest:
             text = digest(training)
-            _write(log, {"digest": text})
+            log.write({"digest": text})
             console.print(f"digest sha256:{text}", soft_wrap=True, highlight=False)
     return 0
 
 
 def _prepare(
     comm: Communicator, options: TrainOptions, backend: Backend
-) -> tuple[Training, Pictures, IO[str] | None]:
-    """All that can be refused, before the first message of the model."""
+) -> tuple[Training, Pictures]:
+    """All that can be refused but the log, before the first message of the model."""
     if options.digest:
         threads.require_one("--digest")
+    require_different({"--log": options.log, **options.pictures.files}, options.text or [])
     text = load_text(options.text, options.config)
     pictures = Pictures(comm, options.pictures, options.plan.schedule)
     training = Training(options.config, comm, options.plan, text, backend)
-    return training, pictures, _open_log(options) if comm.rank == 0 else None
-
-
-def _open_log(options: TrainOptions) -> IO[str] | None:
-    """Opened to append: a log that is there already is never lost."""
-    if options.log is None:
-        return None
-    try:
-        log = open(options.log, "a", encoding="utf-8")  # noqa: SIM115  (closed by the caller's with)
-    except OSError as error:
-        raise UserError(f"--log {options.log} cannot be written: {error.strerror}") from None
-    _write(log, {"start": dataclasses.asdict(options.config), "plan": dataclasses.asdict(options.plan)})
-    return log
+    return training, pictures
 
 
 def _greet(console: Console, training: Training, options: TrainOptions) -> None:
@@ -102,7 +95,7 @@ def _greet(console: Console, training: Training, options: TrainOptions) -> None:
                   f"{len(training.text.validation):,} held out", highlight=False, markup=False)
 
 
-def _run_steps(console: Console, training: Training, pictures: Pictures, log: IO[str] | None) -> None:
+def _run_steps(console: Console, training: Training, pictures: Pictures, log: LineFile) -> None:
     """A live bar on a terminal; elsewhere about twenty plain lines. Pictures show the last step: by then all memory has
     been touched before."""
     config = training.config
@@ -110,8 +103,7 @@ def _run_steps(console: Console, training: Training, pictures: Pictures, log: IO
         TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[line]}"), TimeRemainingColumn(),
         console=console, disable=not console.is_terminal or console.quiet)
     every = max(1, config.steps // 20)
-    # Overflow shows in the loss, where it ends the run with one line; NumPy would warn on every rank besides.
-    with progress, np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+    with progress:
         task = progress.add_task("train", total=config.steps, line="")
         for number in range(1, config.steps + 1):
             begin = time.perf_counter()
@@ -122,7 +114,7 @@ def _run_steps(console: Console, training: Training, pictures: Pictures, log: IO
             progress.update(task, advance=1, line=line)
             if not console.is_terminal and (report.step % every == 0 or report.step in (1, config.steps)):
                 console.print(f"step {report.step:>4}/{config.steps}  {line}", highlight=False)
-            _write(log, dataclasses.asdict(report) | {"seconds": seconds})
+            log.write(dataclasses.asdict(report) | {"seconds": seconds})
 
 
 def _line(training: Training, report: StepReport, seconds: float) -> str:
@@ -131,9 +123,3 @@ def _line(training: Training, report: StepReport, seconds: float) -> str:
     state = sum(held[kind] for kind in MODEL_STATE)
     return (f"loss {report.loss:.4f}  norm {report.norm:.2f}  {tokens / seconds:,.0f} tokens/s  "
             f"this rank holds {short(state)}B")
-
-
-def _write(log: IO[str] | None, record: dict[str, object]) -> None:
-    if log is not None:
-        log.write(json.dumps(record) + "\n")
-        log.flush()

@@ -20,7 +20,7 @@ from ..model.parameters import Parameters, named_views
 from ..process import threads
 from ..process.terminal import console_for
 from ..training.collect import holders, stream, stream_blocks
-from ..training.data import load_text
+from ..training.data import load_text, require_same_text
 from ..training.loop import Training
 from ..training.strategy import Plan
 
@@ -78,6 +78,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+# Overflow shows in the loss, where it ends the run with one line; NumPy would warn on every rank besides.
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def verify(
     comm: Communicator, config: Config, plan: Plan, text_paths: list[str] | None = None, backend: Backend = HOST
 ) -> int:
@@ -91,6 +93,7 @@ def verify(
         return Training(config, comm, plan, load_text(text_paths, config), backend)
 
     run = agreed(comm, prepare)
+    require_same_text(comm, run.text)
     # Rank 0 holds a whole second model to compare with; the run itself stays sharded.
     alone = VirtualWorld(1).communicators[0]
     reference = Training(config, alone, Plan("single"), run.text, backend) if comm.rank == 0 else None
@@ -106,6 +109,7 @@ def compare_step(judge: Judge, run: Training, reference: Training | None) -> Non
     """One step of both, compared after the forward, after the backward and after the update."""
     step = f"step {run.steps_done + 1}"
     loss, saved = run.forward()
+    run.require_finite("loss", loss)
     reference_loss, reference_saved = reference.forward() if reference else (None, None)
     compare_copies(judge, "loss", run, loss, reference_loss, step)
     compare_activations(judge, run, saved, reference_saved, step)
@@ -113,6 +117,7 @@ def compare_step(judge: Judge, run: Training, reference: Training | None) -> Non
     if reference and reference_saved:
         reference.strategy.backward(reference_saved, reference.weights, reference.gradients)
     norm = run.update()
+    run.require_finite("gradient norm", norm)
     to_host = run.model.backend.to_host
     compare_copies(judge, "gradient norm", run, norm, reference.update() if reference else None, step)
     # The update leaves the gradients as they are, so they can be compared after it.

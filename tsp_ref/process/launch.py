@@ -13,8 +13,13 @@ from ..comm import mpi
 from ..comm.communicator import Communicator
 from ..comm.virtual import VirtualWorld
 from ..errors import AgreedError, UserError
+from .output import careful_output
+
+ONE_LINE = {number: ascii(chr(number))[1:-1] for number in (*range(32), 127)}
+"""For a text that may hold anything, as a path may: what would break its line, or speak to the terminal, is spelled."""
 
 
+@careful_output()
 def start(
     main: Callable[[Communicator], int], ranks: int | None = None, shuffle: int | None = None, debug: bool = False
 ) -> int:
@@ -25,10 +30,13 @@ def start(
     debug    show the traceback of a `UserError` too
     """
     try:
-        if mpi.launched():
+        if shuffle is not None and shuffle < 0:
+            raise UserError(f"--shuffle {shuffle} is not valid: use 0 or more")
+        # A launcher of one process leaves that process free to have virtual ranks.
+        if mpi.launched() and not (ranks is not None and mpi.launcher_size() == 1):
             if ranks is not None:
-                raise UserError(f"--ranks {ranks} asks for virtual ranks inside one process, and mpirun has started "
-                                "several processes: use one or the other")
+                raise UserError(f"--ranks {ranks} asks for virtual ranks inside one process, and a launcher "
+                                "has started this one: use one or the other")
             if shuffle is not None:
                 raise UserError(f"--shuffle {shuffle} orders the messages of virtual ranks: use it with --ranks N, "
                                 "not under mpirun")
@@ -49,7 +57,7 @@ def refuse(error: UserError, debug: bool = False) -> int:
     if mpi.launcher_rank() == 0:
         if debug:
             traceback.print_exception(error)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {str(error).translate(ONE_LINE)}", file=sys.stderr, flush=True)
     if mpi.launched():
         mpi.leave_together()
     return 2

@@ -1,8 +1,13 @@
-"""Text as bytes: found, read, split and cut into batches, the same on every rank."""
+"""Text as bytes: found, read, split and cut into batches, the same on every rank.
+
+A single file is mapped, not read: ranks of one machine share its pages, and only what batches touch need be in memory.
+(So it must stay as it is until the run has ended.) Several files are read, and are in memory as one.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import mmap
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -37,7 +42,10 @@ class Text:
     def fingerprint(self) -> str:
         """The same on two ranks only if they have read the same text."""
         lengths = f"{len(self.training)} {len(self.validation)} "
-        return hashlib.sha256(lengths.encode() + self.training.tobytes() + self.validation.tobytes()).hexdigest()
+        whole = hashlib.sha256(lengths.encode())
+        for part in (self.training, self.validation):
+            whole.update(part.data)  # one after the other, as they lie in memory: joined, they would be copied
+        return whole.hexdigest()
 
 
 def load_text(paths: list[str] | None, config: Config) -> Text:
@@ -45,10 +53,9 @@ def load_text(paths: list[str] | None, config: Config) -> Text:
     if config.vocab_size < 256:
         raise UserError(f"vocab_size={config.vocab_size} is too small to train on bytes: use 256 or more")
     if paths:
-        content, source = _read_all(file for path in paths for file in _files(Path(path))), ", ".join(paths)
+        text, source = _bytes_of([file for path in paths for file in _files(path)]), ", ".join(paths)
     else:
-        content, source = _standard_library(), "the source of Python's standard library"
-    text = np.frombuffer(content, dtype=np.uint8)
+        text, source = _standard_library(), "the source of Python's standard library"
     needed = config.seq_len + 1
     held_out = max(len(text) // 20, needed)
     if len(text) < 2 * needed:
@@ -57,7 +64,10 @@ def load_text(paths: list[str] | None, config: Config) -> Text:
     return Text(text[:-held_out], text[-held_out:], source)
 
 
-def _files(path: Path) -> list[Path]:
+def _files(name: str) -> list[Path]:
+    if not name:
+        raise UserError("--text '' names no file: an empty path is not the current folder, which is --text .")
+    path = Path(name)
     try:
         if path.is_file():
             return [path]
@@ -73,21 +83,36 @@ def _hidden(path: Path) -> bool:
 
 
 @lru_cache(maxsize=1)  # read once for all virtual ranks of a process
-def _standard_library() -> bytes:
+def _standard_library() -> Array:
     root = Path(sysconfig.get_path("stdlib"))
-    return _read_all(
+    return _joined(
         sorted(file for file in root.rglob("*.py") if not NOT_SOURCE.intersection(file.relative_to(root).parts)))
 
 
-def _read_all(files: Iterable[Path]) -> bytes:
-    return b"".join(_read(file) for file in files)
+def _bytes_of(files: list[Path]) -> Array:
+    """All files' bytes, one after the other, read-only uint8."""
+    mapped = _mapped(files[0]) if len(files) == 1 else None
+    return _joined(files) if mapped is None else mapped
 
 
-def _read(file: Path) -> bytes:
+def _mapped(path: Path) -> Array | None:
+    """A file's bytes where they are; None for what cannot be mapped, as what is empty or made while it is read."""
     try:
-        return file.read_bytes()
-    except OSError as error:
-        raise UserError(f"--text {file} cannot be read: {error.strerror}") from None
+        with path.open("rb") as file:
+            # Unmapped when the last array over it is gone.
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+    except (OSError, ValueError):
+        return None
+
+
+def _joined(files: Iterable[Path]) -> Array:
+    content = bytearray()  # which grows, so no second copy of everything is made to join the parts
+    for file in files:
+        try:
+            content += file.read_bytes()
+        except OSError as error:
+            raise UserError(f"--text {file} cannot be read: {error.strerror}") from None
+    return np.frombuffer(memoryview(content).toreadonly(), dtype=np.uint8)
 
 
 def require_same_text(comm: Communicator, text: Text) -> None:

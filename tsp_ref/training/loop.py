@@ -65,24 +65,31 @@ class Training:
         return norm
 
     def step(self) -> StepReport:
-        """Forward, backward, update. A loss that is not finite, which all ranks see alike, ends the run."""
+        """Forward, backward, update. A loss or a norm that is not finite ends the run."""
         number = self.steps_done
         loss, saved = self.forward()
-        if not math.isfinite(loss):
-            raise AgreedError(f"loss={loss} at step {number + 1} is not finite: lower learning_rate (now "
-                              f"{self.config.learning_rate:g}), or raise warmup_steps (now {self.config.warmup_steps})")
+        self.require_finite("loss", loss)
         self.strategy.backward(saved, self.weights, self.gradients)
         norm = self.update()
+        self.require_finite("gradient norm", norm)
         return StepReport(number + 1, loss, norm, learning_rate(self.config, number))
 
     def validate(self) -> float:
-        """The mean loss over the held-out batches."""
+        """The mean loss over the held-out batches. One that is not finite ends the run."""
         total = 0.0
         for number in range(self.config.validation_batches):
             tokens, targets = batch(self.model, self.text, VALIDATION, number)
             total += self.strategy.forward(self.weights, tokens, targets)[0]
-        self.validation_losses.append(total / self.config.validation_batches)
-        return self.validation_losses[-1]
+        loss = total / self.config.validation_batches
+        self.require_finite("validation loss", loss)
+        self.validation_losses.append(loss)
+        return loss
+
+    def require_finite(self, what: str, number: float) -> None:
+        """An `AgreedError` for a loss or a norm, which all ranks see alike, that is infinite or not a number."""
+        if not math.isfinite(number):
+            raise AgreedError(f"{what}={number} at step {len(self.losses)} is not finite: lower learning_rate (now "
+                              f"{self.config.learning_rate:g}), or raise warmup_steps (now {self.config.warmup_steps})")
 
 
 @phase("optimizer", "backward")

@@ -15,11 +15,15 @@ from ..model.parameters import Parameters, zero_parameters
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up to the peak, then half a cosine down to its end at the last step. Steps count from 0."""
+    """Linear warm-up to the peak, then half a cosine down to its end at the last step. Steps count from 0.
+
+    Where only the last step is after the warm-up, it is the end; where none is, the rate does not fall.
+    """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
-    fall = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    falling = config.steps - 1 - config.warmup_steps  # steps, from the peak to the end
+    progress = min(1.0, (step - config.warmup_steps) / falling) if falling > 0 else 1.0
+    fall = 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.learning_rate * (config.final_rate + fall * (1.0 - config.final_rate))
 
 

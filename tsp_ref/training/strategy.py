@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from ..comm.communicator import Communicator
 from ..comm.mesh import make_mesh
 from ..errors import UserError
 from ..model.activations import Saved
-from ..model.config import Config
+from ..model.config import MULTIPLES, Config
 from ..model.model import Model
 from ..model.parameters import Parameters
 from ..reference import single
@@ -60,6 +61,7 @@ def choose_strategy(plan: Plan, comm: Communicator, config: Config, library: Nam
     """The strategy of a plan on these ranks, or a `UserError` that names what does not fit."""
     if plan.mesh is not None and plan.schedule != "tp+sp":
         raise UserError(f"--mesh {plan.mesh} is for --schedule tp+sp: {plan.schedule} has no mesh, leave it out")
+    _require_finite_angles(config)
     build = partial(Model, config, library, layout=plan.layout, recompute=plan.recompute, counted=plan.counted,
                     stack=plan.stack)
     if plan.schedule == "single":
@@ -70,15 +72,19 @@ def choose_strategy(plan: Plan, comm: Communicator, config: Config, library: Nam
         return Strategy(model, partial(single.model_forward, model), partial(single.model_backward, model),
                         partial(single.gradient_norm, model))
     if plan.schedule == "tp":
+        _require_enough(config, for_weights=comm.size)
         model = build(*tp.place(comm))
         return Strategy(model, partial(tp.model_forward, comm, model), partial(tp.model_backward, comm, model),
                         partial(tp.gradient_norm, comm, model))
     if plan.schedule == "sp":
+        _require_enough(config, for_tokens=comm.size)
         model = build(*sp.place(comm))
         return Strategy(model, partial(sp.model_forward, comm, model), partial(sp.model_backward, comm, model),
                         partial(sp.gradient_norm, comm, model))
     if plan.schedule == "tp+sp":
-        mesh = make_mesh(comm, *mesh_sides(plan.mesh, comm.size))
+        sides = mesh_sides(plan.mesh, comm.size)
+        _require_enough(config, *sides)
+        mesh = make_mesh(comm, *sides)
         model = build(*tp_sp.place(mesh))
         return Strategy(model, partial(tp_sp.model_forward, mesh, model), partial(tp_sp.model_backward, mesh, model),
                         partial(tp_sp.gradient_norm, mesh, model))
@@ -87,10 +93,40 @@ def choose_strategy(plan: Plan, comm: Communicator, config: Config, library: Nam
         return Strategy(model, partial(fsdp_sp.model_forward, comm, model),
                         partial(fsdp_sp.model_backward, comm, model), partial(fsdp_sp.gradient_norm, comm, model))
     if plan.schedule == "tsp":
+        _require_enough(config, comm.size, comm.size)
         model = build(*tsp.place(comm))
         return Strategy(model, partial(tsp.model_forward, comm, model), partial(tsp.model_backward, comm, model),
                         partial(tsp.gradient_norm, comm, model))
     raise UserError(f"--schedule {plan.schedule} is unknown: use one of {', '.join(SCHEDULES)}")
+
+
+def _require_enough(config: Config, for_weights: int = 1, for_tokens: int = 1) -> None:
+    """A `UserError` where a rank of so many for the weights, or for the tokens, would hold none: with the way out that
+    this model has, for a field can be raised only as far as sizes are multiples of it."""
+    for ranks, field, what, schedule in ((for_weights, "blocks", "weight block", "sp, which deals out no weights"),
+                                         (for_tokens, "tiles", "token tile", "tp, which deals out no tokens")):
+        count, of = getattr(config, field), [name for name, divisor in MULTIPLES if divisor == field]
+        if ranks <= count:
+            continue
+        most = math.gcd(*(getattr(config, name) for name in of))
+        remedy = (f"raise {field} with --set" if ranks <= most else
+                  f"--schedule {schedule} ({field}={most} is the most that {', '.join(of)} can be multiples of)")
+        raise UserError(f"ranks={ranks} is not possible: with {field}={count}, not every rank would hold a {what}; use "
+                        f"1 to {count} ranks, or {remedy}")
+
+
+INFINITE = {"float32": 128, "float64": 1024}
+"""The power of two from which on a number of a dtype is infinite."""
+
+
+def _require_finite_angles(config: Config) -> None:
+    """A `UserError` for a base with which it, or an angle position · theta^(-2i/e) of the rotary embedding, overflows.
+    Otherwise only the loss would show it, and the learning rate be blamed."""
+    base = math.log2(config.rope_theta)
+    fastest = math.log2(config.seq_len) + max(0.0, -base * (1 - 2 / config.head_dim))
+    if max(base, fastest) >= INFINITE[config.dtype]:
+        raise UserError(f"rope_theta={config.rope_theta:g} is not valid: the angles that positions are turned by would "
+                        f"not be finite in {config.dtype}; use a number from 1 to 1e30, as 10000")
 
 
 def meshes(size: int) -> list[str]:
