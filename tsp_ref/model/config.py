@@ -177,8 +177,8 @@ def _require_multiple(config: Config, name: str, divisor_name: str) -> None:
         raise UserError(f"{name}={value} is not a multiple of {divisor_name}={divisor}: use {remedy}")
 
 
-KEPT_WHOLE = ("; a key/value head is in one block, whole. Only ranks that share the weights need a block each: those of "
-              "--schedule sp, and of tp+sp with one rank for weights (--mesh 1xN), share tokens alone")
+KEPT_WHOLE = ("; a key/value head is in one block, whole. Only ranks that share the weights need a block each: those "
+              "of --schedule sp, and of tp+sp with one rank for weights (--mesh 1xN), share tokens alone")
 
 
 def _nearest_fits(values: dict[str, Any], name: str) -> str:
