@@ -1,4 +1,5 @@
-"""What a model may have beside the plain one: heads of another size, biases, norms of heads, scaled rope, any vocabulary.
+"""What a model may have beside the plain one: heads of another size, biases, norms of heads, scaled rope, and any
+vocabulary.
 
 That all of them together are the textbook's, have the right gradients and send what the formulas say is in the other
 tests, as the case "every option"; here is what each alone does, and what must never be trained.
