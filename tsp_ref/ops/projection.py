@@ -37,8 +37,8 @@ def qkv_forward(
     queries = heads.shape[2] - 2 * kv_heads
     of_queries, of_keys = heads[:, :, :queries], heads[:, :, queries : queries + kv_heads]
     if norm is not None:
-        of_queries = norm_heads(xp, of_queries, norm.gains[0], norm.eps)
-        of_keys = norm_heads(xp, of_keys, norm.gains[1], norm.eps)
+        of_queries = norm_heads_forward(xp, of_queries, norm.gains[0], norm.eps)
+        of_keys = norm_heads_forward(xp, of_keys, norm.gains[1], norm.eps)
     by_head = q.reshape(count, batch, queries, length, head_dim)  # [p, B, K/G, g*s, e] -> [p, B, H/G, s, e]
     rotary_forward(xp, of_queries, rotary, out=by_head)
     rotary_forward(xp, of_keys, rotary, out=keys_values[:, 0])
@@ -91,7 +91,7 @@ def projected_heads(x: Array, weights: Array, bias: Array | None, head_dim: int)
     return split.transpose(0, 1, 3, 2, 4)  # [p, B, s, ..., e] -> [p, B, ..., s, e]
 
 
-def norm_heads(xp: Namespace, x: Array, gain: Array, eps: float) -> Array:
+def norm_heads_forward(xp: Namespace, x: Array, gain: Array, eps: float) -> Array:
     """Each head scaled to mean square one, then by the gain [e]: x [p, B, heads, s, e], of that shape too."""
     rows = x.reshape(*x.shape[:2], -1, x.shape[-1])  # [p, B, ..., s, e] -> [p, B, ..., e]
     return rmsnorm_forward(xp, rows, gain, eps).reshape(x.shape)  # [p, B, ..., e] -> [p, B, ..., s, e]
