@@ -17,10 +17,10 @@ from tsp_ref.model import tilewise
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import initial_parameters
 from tsp_ref.schedules import tsp
-from tsp_ref.schedules.gradients import ReduceToOwner
-from tsp_ref.schedules.keys_values import GatherKeysValues, ScatterKeysValues
-from tsp_ref.schedules.order import AHEAD, backwards_from, owned_blocks, rounds
-from tsp_ref.schedules.ring import FIRST, Broadcast, Ring
+from tsp_ref.schedules.gradients import IN_FLIGHT, ReduceToOwner
+from tsp_ref.schedules.keys_values import AHEAD, GatherKeysValues, ScatterKeysValues
+from tsp_ref.schedules.order import broadcast_orders, owned_blocks, ring_orders
+from tsp_ref.schedules.ring import PREFETCHED, Broadcast, Ring
 from tsp_ref.schedules.tags import Tag
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
@@ -110,7 +110,7 @@ def test_nothing_but_the_model_state_is_held_between_steps():
 def round_the_ring(comm, model, shard, use):
     """Use every block as the MLP does: one at a time."""
     ring = Ring(comm, model, shard, Tag.MLP_WEIGHTS)
-    ring.start()
+    ring.post()
     for step, (owner, block) in enumerate(ring.order):
         held = ring.wait(step)
         ring.post()
@@ -120,14 +120,14 @@ def round_the_ring(comm, model, shard, use):
 
 def broadcast(comm, model, shard, use):
     """Use every block as attention does: each until two more are."""
-    heads, in_use = Broadcast(comm, model, shard, Tag.ATTENTION_WEIGHTS), deque(maxlen=AHEAD)
-    heads.start()
-    for step, (owner, block) in enumerate(heads.order):
-        held = heads.wait(step)
-        heads.post(step + 1 + AHEAD)
+    blocks, in_use = Broadcast(comm, model, shard, Tag.ATTENTION_WEIGHTS), deque(maxlen=AHEAD)
+    blocks.post()
+    for step, (owner, block) in enumerate(blocks.order):
+        blocks.post(step + 1 + AHEAD)
+        held = blocks.wait(step)
         use(owner, block, held)
         in_use.append(held)
-    heads.finish()
+    blocks.finish()
 
 
 def others_within(order, rank, steps):
@@ -163,19 +163,19 @@ def test_a_few_blocks_of_weights_at_most_are_held_beside_a_rank_s_own(travel, ra
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 @pytest.mark.parametrize("travel", [round_the_ring, broadcast])
 def test_the_next_blocks_are_asked_for_before_the_work_on_the_one_at_hand(travel, ranks):
-    """Round a ring one more, in a broadcast two and at its start three, and no more than that."""
+    """Round a ring one more; in a broadcast two, and at its start three; and no more than that."""
     config = case_config("plain", "float32")
 
     def main(comm):
         model = Model(config, np, *folded(comm.rank, comm.size))
         shard = np.zeros((len(model.grid.blocks), 5), dtype=np.float32)
-        order = rounds(owned_blocks(model.grid), range(comm.size))
+        order = broadcast_orders(owned_blocks(model.grid))[0]
         used = []
 
         def use(owner, block, _):
             used.append(owner)
             if travel is broadcast:
-                asked_for = sum(owner != comm.rank for owner, _ in order[: max(FIRST, len(used) + AHEAD)])
+                asked_for = sum(owner != comm.rank for owner, _ in order[: max(PREFETCHED, len(used) + AHEAD)])
             else:
                 asked_for = min(sum(owner != comm.rank for owner in used) + 1, config.blocks - len(model.grid.blocks))
             assert comm.ledger.sums("receive")[0] == asked_for
@@ -220,7 +220,7 @@ def test_attention_s_buffers_are_a_few_blocks_and_the_keys_and_values_of_one_blo
         tsp.attention_forward(comm, model, x, weights, 0)
         block = weights.attention[0][0].nbytes
         whole = 2 * config.batch_size * config.seq_len * config.hidden_size * 4 // config.blocks
-        order = rounds(owned_blocks(model.grid), range(comm.size))
+        order = broadcast_orders(owned_blocks(model.grid))[0]
         # One rank receives nothing, and what it puts in the order of the text is working set.
         wanted = others_within(order, comm.rank, 3 + AHEAD) * block + whole + 3 * whole * (ranks - 1) // ranks
         return model.memory.peak["buffers"], wanted if ranks > 1 else 0
@@ -238,7 +238,7 @@ def test_the_backward_s_keys_and_values_are_those_of_one_block_and_of_the_next_t
         shape = (len(model.grid.slots), 2, config.batch_size, 1, config.tile_len, config.head_dim)
         kept = {block: np.zeros(shape, dtype=np.float32) for block in range(config.blocks)}
         gather = GatherKeysValues(comm, model, kept, list(kept))
-        gather.start()
+        gather.post()
         for step in range(config.blocks):
             whole = gather.wait()
             gather.post(step + 1 + AHEAD)
@@ -255,13 +255,14 @@ def test_gradients_of_keys_and_values_in_flight_are_one_message_from_and_one_to_
 
     def main(comm):
         model = Model(config, np, *folded(comm.rank, comm.size))
-        given, (slot,) = tilewise.keys_values_tree(model), model.grid.slots
+        partials, (slot,) = tilewise.keys_values_tree(model), model.grid.slots
         shape = 2, config.batch_size, config.kv_heads_per_block
         gradient = model.empty("working", *shape, model.grid.visible(slot), config.head_dim)
         gradient[...] = 1.0
-        given.add(slot, gradient)
-        scatter = ScatterKeysValues(comm, model, given, 0)
-        del given, gradient
+        partials.add(slot, gradient)
+        scatter = ScatterKeysValues(comm, model)
+        scatter.post(0, partials)
+        del partials, gradient
         assert model.memory.held["working"] == 0, "of the keys of all others nothing is kept but the messages"
         tile = 4 * int(np.prod(shape)) * config.tile_len * config.head_dim
         seen = model.grid.tile(slot)  # by this rank's queries, of other ranks' tiles; its own are seen by the others
@@ -278,28 +279,28 @@ def test_gradients_in_flight_to_their_owners_are_those_of_a_few_blocks_at_a_time
 
     def main(comm):
         model = Model(config, np, *folded(comm.rank, comm.size))
-        owned = owned_blocks(model.grid)
+        orders = ring_orders(owned_blocks(model.grid))
         out = np.zeros((1, 100), dtype=np.float32)
-        home = ReduceToOwner(comm, model, out, owned, Tag.MLP_GRADIENTS)
-        for owner, block in rounds(owned, backwards_from(comm.rank, comm.size)):
+        reduce = ReduceToOwner(comm, model, out, orders, Tag.MLP_GRADIENTS)
+        for step in range(config.blocks):
             partial = Tree(range(config.tiles))
             leaf = model.empty("working", 100)
             leaf[...] = 1.0
             partial.add(comm.rank, leaf)
-            home.receive(owner, block)
-            home.send(owner, block, partial)
+            reduce.wait(step)
+            reduce.receive(step)
+            reduce.send(step, partial)
             del partial, leaf
-            assert len(home.sends) <= AHEAD and len(home.arriving) <= AHEAD
-        home.receive_rest()
-        home.finish()
+            assert len(reduce.sends) <= IN_FLIGHT and len(reduce.arriving) <= IN_FLIGHT
+        reduce.finish()
         assert out.tolist() == [[8.0] * 100]
         return model.memory.peak["working"] // 400, model.memory.peak["buffers"] // 400
 
     for seed in range(10):
         for leaving, arriving in VirtualWorld(8, seed).run(main):
-            # One more than AHEAD are made before the oldest is waited for; of the eight leaves of a rank's own block
-            # log2(8) pieces wait.
-            assert leaving <= AHEAD + 2 and arriving <= AHEAD + 1 + 3
+            # Beside what is sent, one is made before the oldest is waited for, and the rank's own leaf of its own block
+            # is kept; of the others' seven leaves of that block log2(8) pieces wait for one another.
+            assert leaving <= IN_FLIGHT + 2 and arriving <= IN_FLIGHT + 3
 
 
 def test_what_is_counted_is_what_the_process_holds_between_steps():

@@ -135,9 +135,9 @@ def drop_a_key_value_gradient(monkeypatch):
 
     def forgetful(model, *arguments):
         dkeys_values = arguments[-1]
-        given = Tree(dkeys_values.leaves, attention_ops.add_keys)
-        dq = honest(model, *arguments[:-1], given)
-        for (level, index), piece in given.pieces():
+        partials = Tree(dkeys_values.leaves, attention_ops.add_keys)
+        dq = honest(model, *arguments[:-1], partials)
+        for (level, index), piece in partials.pieces():
             piece[0] = 0.0
             dkeys_values.add(index, piece, level)
         return dq
@@ -194,16 +194,13 @@ def sum_in_order_of_arrival(monkeypatch):
 
 def count_a_piece_that_arrives_twice(monkeypatch):
     """In the number itself, so that no tree can notice."""
-    honest = gradients.merge_one
+    honest = gradients.merge
 
-    def twice(comm, arrivals):
-        for arrival in arrivals[:1]:
-            comm.Wait(arrival.request)
-            arrival.request.array[...] *= 2
-        honest(comm, arrivals)
+    def twice(arrival):
+        arrival.request.array[...] *= 2
+        honest(arrival)
 
-    for module in (all_reduce, gradients):
-        monkeypatch.setattr(module, "merge_one", twice)
+    monkeypatch.setattr(gradients, "merge", twice)
 
 
 def send_a_message_from_another_array(monkeypatch):
@@ -226,7 +223,8 @@ def recompute_with_the_weights_of_another_layer(monkeypatch):
     def of_another(comm, model, weights, saved, layer):
         """TSP's messages bring the weights."""
         messages = honest_messages(comm, model, weights, saved, layer)
-        return messages._replace(heads_again=Broadcast(comm, model, weights.attention[0], Tag.ATTENTION_WEIGHTS))
+        stale = Broadcast(comm, model, weights.attention[0], Tag.ATTENTION_WEIGHTS)
+        return messages._replace(attention_recomputed=stale)
 
     monkeypatch.setattr(tsp, "messages_of_layer", of_another)
 
@@ -242,7 +240,7 @@ def recompute_all_but_the_softmax_s_denominators(monkeypatch):
         monkeypatch.setattr(module, "attention_forward", forgetful)
 
 
-def keep_what_is_computed_anew(monkeypatch):
+def keep_what_is_recomputed(monkeypatch):
     monkeypatch.setattr(AttentionSaved, "keep_input_only", lambda self: None)
 
 
@@ -281,7 +279,7 @@ def forget_one_tensor_less(monkeypatch):
       for schedule in MODULES for recompute in ("attention", "full")),
     *((recompute_all_but_the_softmax_s_denominators, of(recompute_test, schedule, recompute))
       for schedule in MODULES for recompute in ("attention", "full")),
-    (keep_what_is_computed_anew, kept_test),
+    (keep_what_is_recomputed, kept_test),
     (forget_one_tensor_less, kept_test),
 ], ids=lambda part: part.__name__)
 def test_a_mutation_turns_a_test_red(mutate, test, monkeypatch):
@@ -357,16 +355,14 @@ def test_a_message_that_is_sent_twice_is_named(schedule, tag, monkeypatch):
 
 @pytest.mark.parametrize("schedule", MODULES)
 def test_a_piece_that_is_merged_twice_is_refused(schedule, monkeypatch):
-    honest = gradients.merge_one
+    honest = gradients.merge
 
-    def twice(comm, arrivals):
-        first = arrivals[0]
-        comm.Wait(first.request)
-        first.tree.add(first.node[1], first.request.array.copy(), first.node[0])
-        honest(comm, arrivals)
+    def twice(arrival):
+        level, index = arrival.node
+        arrival.tree.add(index, arrival.request.array.copy(), level)
+        honest(arrival)
 
-    for module in (all_reduce, gradients):
-        monkeypatch.setattr(module, "merge_one", twice)
+    monkeypatch.setattr(gradients, "merge", twice)
     with pytest.raises(ValueError, match=r"was added to the tree twice|holds only the nodes"):
         one_step(schedule)
 

@@ -41,6 +41,22 @@ def places(script, what, tag, verb=None):
     return found
 
 
+def ends_of_exchanges(script, tag, count):
+    """Where in a script the last message of a tag is waited for, each of the `count` times that they are exchanged: as
+    many messages are posted each time."""
+    ended, open_ = {}, {}  # where it was posted -> where it was first waited for; request -> where it was posted
+    for place, event in enumerate(script):
+        if event.what == "post" and event.tag == tag:
+            open_[event.request] = place
+        elif event.what == "post":
+            open_.pop(event.request, None)  # another request of the same number
+        elif event.what == "wait" and event.request in open_:
+            ended[open_.pop(event.request)] = place
+    assert len(ended) % count == 0
+    waits, each = [ended[place] for place in sorted(ended)], len(ended) // count
+    return [max(waits[first : first + each]) for first in range(0, len(waits), each)]
+
+
 def sublayer_at(script, place):
     """The sub-layer that a rank is in at a place of its script."""
     return next(event.phase[0] for event in reversed(script[:place]) if event.what == "enter")
@@ -65,7 +81,7 @@ def test_every_sub_layer_s_first_messages_are_posted_under_the_one_before_it(ran
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_so_are_those_of_what_is_computed_anew(ranks):
+def test_so_are_those_of_what_is_recomputed(ranks):
     for script in scripts("tsp", ranks, backward=True, recompute="attention"):
         # Attention's weights come twice, the second time under the first use of them.
         assert posted_in(script, Tag.ATTENTION_WEIGHTS, 4) == ["mlp", "attention"] * 2
@@ -129,15 +145,14 @@ def test_gradients_of_weights_are_in_flight_until_the_next_sub_layer_is_over_and
         later = 2 if schedule == "sp" else 1
         for tag in (Tag.HEAD_GRADIENTS, Tag.MLP_GRADIENTS, Tag.ATTENTION_GRADIENTS):
             own = [number for number, name in enumerate(BACKWARD) if name == tag.sublayer]
-            waited = places(script, "wait", tag)
-            for number, last in zip(own, waited[len(waited) // len(own) - 1 :: len(waited) // len(own)]):
+            for number, last in zip(own, ends_of_exchanges(script, tag, len(own))):
                 assert last > ends[min(number + later, len(ends) - 1)], (tag, number)
                 if number + later + 1 < len(ends):
                     assert last < ends[number + later + 1], "and no longer"
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_mlp_s_weights_set_off_when_the_layer_s_last_keys_and_values_have(ranks):
+def test_the_mlp_s_weights_are_posted_when_the_layer_s_last_keys_and_values_are(ranks):
     for script in scripts("tsp", ranks, backward=False):
         keys, weights = places(script, "post", Tag.KEYS_VALUES), places(script, "post", Tag.MLP_WEIGHTS)
         layer_keys, layer_weights = len(keys) // 2, len(weights) // 2

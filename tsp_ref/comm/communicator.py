@@ -86,7 +86,7 @@ class Communicator(ABC):
 
     def Isend(self, array: Array, dest: int, tag: int, block: int | None = None) -> Request:
         """Start to send `array`. It is neither copied nor to be changed before the request is complete. `block`: the
-        one that the message is about, for those who look on."""
+        one that the message is about, which the score of messages shows."""
         return self._post(Request("send", array, self.rank, dest, tag, block=block))
 
     def Irecv(self, array: Array, source: int, tag: int, block: int | None = None) -> Request:
@@ -137,10 +137,6 @@ class Communicator(ABC):
         if not request.done and self._advance(request):
             self._close(request)
         return request.done
-
-    def is_here(self, request: Request) -> bool:
-        """Whether the message is known to be complete; it is tested unless messages are to progress in waits only."""
-        return request.done if self.progress_mode == "wait" else self.Test(request)
 
     def Wait(self, request: Request) -> None:
         """Return when the message is complete."""

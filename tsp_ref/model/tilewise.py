@@ -23,15 +23,15 @@ class BlockSums:
     """The sums over blocks of what each stack of tiles gives with each: a tree for every stack."""
 
     def __init__(self, model: Model, merge: Callable[[Array, Array], Array] = add) -> None:
-        self.trees = [Tree[Array](range(model.config.blocks), merge) for _ in model.stacks]
+        self.trees = {stack.number: Tree[Array](range(model.config.blocks), merge) for stack in model.stacks}
 
     def add(self, stack: Stack, block: int, leaf: Array) -> None:
         """What a stack gives with a block."""
         self.trees[stack.number].add(block, leaf)
 
-    def finish(self) -> list[Array]:
+    def totals(self) -> list[Array]:
         """The totals, stack by stack, once all blocks are in; they are the caller's alone."""
-        totals = [tree.total for tree in self.trees]
+        totals = [tree.total for tree in self.trees.values()]
         self.trees.clear()
         return totals
 
@@ -89,6 +89,14 @@ def add_residual(model: Model, x: Array, y: list[Array]) -> Array:
     return total
 
 
+def add_residual_backward(model: Model, dy: Array, dnormed: list[Array], x: Array, gain: Array, dgain: Array) -> Array:
+    """dx [p, B, s, h] of x plus a sub-layer of the normed x: dy, and what comes back through the norm from dnormed,
+    which is given stack by stack and used up; each tile's gradient of the gain goes into its row of dgain [p, h]."""
+    dx = normalise_backward(model, dnormed, x, gain, dgain)
+    dx += dy
+    return dx
+
+
 def joined(model: Model, y: list[Array]) -> Array:
     """What is given stack by stack, as one array [p, ...] that is kept."""
     whole = model.empty("activations", len(model.grid.slots), *y[0].shape[1:])
@@ -111,7 +119,7 @@ def embed_backward(
     dtable.add_stack(stack.slots, leaves)
 
 
-def keep_blocks(model: Model, saved: AttentionSaved, blocks: range) -> None:
+def make_room_for_heads(model: Model, saved: AttentionSaved, blocks: range) -> None:
     """Make room for what some blocks of heads keep of this rank's tiles: for one, or for all that it attends with."""
     config, count = model.config, len(model.grid.slots)
     batch, kv_heads, length, head_dim = (
@@ -227,7 +235,7 @@ def in_order_of_slots(model: Model, whole: Array) -> Array:
     return by_tile[:, :, :, :, model.grid.tiles_of(0)].transpose(4, 0, 1, 2, 3, 5, 6)  # -> [p, 2, m, B, K/G, s, e]
 
 
-def keep_projected(model: Model, saved: MlpSaved, block: int) -> None:
+def make_room_for_projected(model: Model, saved: MlpSaved, block: int) -> None:
     """Make room for what a block of the MLP keeps of this rank's tiles."""
     config = model.config
     tokens, width = config.batch_size * config.tile_len, 2 * config.ffn_size // config.blocks

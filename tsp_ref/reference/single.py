@@ -24,7 +24,7 @@ def embedding_forward(model: Model, tokens: Array, weights: Parameters) -> Array
     for block, table in zip(model.grid.blocks, weights.embedding):
         for stack in model.stacks:
             output.add(stack, block, tilewise.embed(model, tokens, table, block, stack))
-    return tilewise.joined(model, output.finish())
+    return tilewise.joined(model, output.totals())
 
 
 @phase("embedding", "backward")
@@ -42,18 +42,18 @@ def attention_forward(model: Model, x: Array, weights: Parameters, layer: int) -
     """x plus the attention of the normed x [p, B, s, h]."""
     normed = tilewise.normalise(model, x, weights.gains[2 * layer])
     output, saved = BlockSums(model), AttentionSaved(x)
-    tilewise.keep_blocks(model, saved, model.grid.blocks)
+    tilewise.make_room_for_heads(model, saved, model.grid.blocks)
     for block, packed in zip(model.grid.blocks, weights.attention[layer]):
         for stack in model.stacks:
             tilewise.project(model, normed, packed, saved, block, stack)
     for blocks in model.head_groups:
-        whole = tilewise.keys_values_of(model, saved, blocks)  # -> [2, m*B, K/G, S, e]
+        keys_values = tilewise.keys_values_of(model, saved, blocks)  # -> [2, m*B, K/G, S, e]
         for stack in model.stacks:
-            tilewise.attend(model, whole, saved, blocks, stack)
+            tilewise.attend(model, keys_values, saved, blocks, stack)
             for block in blocks:
                 packed = weights.attention[layer][block]
                 output.add(stack, block, tilewise.output(model, packed, saved, block, stack))
-    return tilewise.add_residual(model, x, output.finish()), saved
+    return tilewise.add_residual(model, x, output.totals()), saved
 
 
 @phase("attention", "backward")
@@ -66,12 +66,12 @@ def attention_backward(
     dnormed = BlockSums(model)
     for blocks in model.head_groups:
         packed = weights.attention[layer][blocks.start : blocks.stop]  # [m, size of a packed block]
-        whole, given = tilewise.keys_values_of(model, saved, blocks), tilewise.keys_values_tree(model)
+        keys_values, partials = tilewise.keys_values_of(model, saved, blocks), tilewise.keys_values_tree(model)
         dq = model.empty("working", *saved.of_blocks(blocks).q.shape)  # [p, m, B, K/G, g*s, e]
         for stack in model.stacks:
-            dq[stack.tiles] = tilewise.attend_backward(model, dy, whole, packed, saved, blocks, stack, given)
-        dkeys_values = tilewise.in_order_of_slots(model, given.total)  # -> [p, 2, m, B, K/G, s, e]
-        del whole, given
+            dq[stack.tiles] = tilewise.attend_backward(model, dy, keys_values, packed, saved, blocks, stack, partials)
+        dkeys_values = tilewise.in_order_of_slots(model, partials.total)  # -> [p, 2, m, B, K/G, s, e]
+        del keys_values, partials
         for number, block in enumerate(blocks):
             dweights = Tree[Array](range(model.config.tiles))
             for stack in model.stacks:
@@ -79,9 +79,7 @@ def attention_backward(
                     model, dy, dq[:, number], dkeys_values[:, :, number], normed, packed[number], saved, block, stack,
                     dweights))
             gradients.attention[layer][block] = dweights.total
-    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer])
-    dx += dy
-    return dx
+    return tilewise.add_residual_backward(model, dy, dnormed.totals(), saved.x, gain, dgain[:, 2 * layer])
 
 
 @phase("mlp", "forward")
@@ -90,10 +88,10 @@ def mlp_forward(model: Model, x: Array, weights: Parameters, layer: int) -> tupl
     normed = tilewise.normalise(model, x, weights.gains[2 * layer + 1])
     output, saved = BlockSums(model), MlpSaved(x)
     for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
-        tilewise.keep_projected(model, saved, block)
+        tilewise.make_room_for_projected(model, saved, block)
         for stack in model.stacks:
             output.add(stack, block, tilewise.feed(model, normed, packed, saved, block, stack))
-    return tilewise.add_residual(model, x, output.finish()), saved
+    return tilewise.add_residual(model, x, output.totals()), saved
 
 
 @phase("mlp", "backward")
@@ -110,9 +108,7 @@ def mlp_backward(
             dnormed.add(stack, block, tilewise.feed_backward(
                 model, dy, normed, packed, saved, block, stack, dweights))
         out[...] = dweights.total
-    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer + 1])
-    dx += dy
-    return dx
+    return tilewise.add_residual_backward(model, dy, dnormed.totals(), saved.x, gain, dgain[:, 2 * layer + 1])
 
 
 @phase("head", "forward")
@@ -123,7 +119,7 @@ def head_forward(model: Model, x: Array, targets: Array, weights: Parameters) ->
     for block, table in zip(model.grid.blocks, weights.head_table):
         for stack in model.stacks:
             triples.add(stack, block, tilewise.logits(model, normed, table, targets, block, stack))
-    losses, saved = tilewise.losses_of(model, triples.finish(), x)
+    losses, saved = tilewise.losses_of(model, triples.totals(), x)
     return mean_loss(model, losses), saved
 
 
@@ -140,7 +136,7 @@ def head_backward(
             dnormed.add(stack, block, tilewise.logits_backward(
                 model, normed, table, targets, saved, block, stack, dtable))
         out[...] = dtable.total
-    return tilewise.normalise_backward(model, dnormed.finish(), saved.x, weights.gains[-1], dgain[:, -1])
+    return tilewise.normalise_backward(model, dnormed.totals(), saved.x, weights.gains[-1], dgain[:, -1])
 
 
 @phase("loss", "forward")
@@ -179,6 +175,7 @@ def model_backward(model: Model, saved: Saved, weights: Parameters, gradients: P
     """Writes the gradient of the loss into `gradients`; uses up what was saved, layer by layer."""
     dgain = model.empty("working", len(model.grid.slots), *weights.gains.shape)
     dx = head_backward(model, saved.head, saved.targets, weights, gradients, dgain)
+    del saved.head  # which nothing below needs
     for layer in reversed(range(model.config.num_layers)):
         if model.recompute == "full":
             x, saved.attention[-1] = attention_forward(model, saved.attention[-1].x, weights, layer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from ..arrays import Array
 from ..comm.communicator import Communicator
@@ -12,9 +13,15 @@ from ..grid.grid import Stack
 from ..grid.tree import Tree, add, cover
 from ..model.model import Model
 from ..model.tilewise import BlockSums
-from .gradients import Arrival, merge_one
-from .order import AHEAD
+from .gradients import Arrival, merge_any
 from .tags import Tag
+
+STACKS_IN_FLIGHT = 2
+"""Stacks of tiles whose sums are in flight under the work on the next."""
+
+
+Exchange: TypeAlias = tuple[Stack, Array, dict[int, tuple[Tree[Array], list[Arrival]]], list[Request]]
+"""Of a stack: this rank's sums of its tiles, the trees and arrivals of those that this rank sums, and what it sends."""
 
 
 class AllReduceTiles(BlockSums):
@@ -22,8 +29,8 @@ class AllReduceTiles(BlockSums):
     tile, and a gather of its total. The ranks take turns: of p tiles, number i is summed by rank i modulo N. A stack's
     sums are posted when all blocks of this rank are in them, and are in flight under the work on the next stacks.
 
-    AHEAD stacks are in flight to the ranks that sum, and as many totals from them. A total is received in the place of
-    the piece that was sent for it.
+    STACKS_IN_FLIGHT are in flight to the ranks that sum, and as many totals from them. A total is received in the place
+    of the piece that was sent for it.
     """
 
     def __init__(
@@ -32,7 +39,7 @@ class AllReduceTiles(BlockSums):
         super().__init__(model, merge)
         self.comm, self.model, self.tag, self.merge = comm, model, tag, merge
         self.missing = [len(model.grid.blocks) for _ in model.stacks]
-        self.exchanged: deque[tuple[Array, dict[int, tuple[Tree[Array], list[Arrival]]], list[Request]]] = deque()
+        self.exchanged: deque[Exchange] = deque()
         self.gathered: deque[list[Request]] = deque()
         self.outputs: list[Array] = []
 
@@ -44,14 +51,15 @@ class AllReduceTiles(BlockSums):
             self._exchange(stack)
 
     def _exchange(self, stack: Stack) -> None:
-        """Isend this rank's sum of each tile to the rank that sums it; Irecv the others' sums of its own tiles."""
-        comm, pieces = self.comm, self.trees[stack.number].pieces()
+        """Isend this rank's sum of each tile to the rank that sums it; Irecv the others' sums of those
+        that this rank sums."""
+        comm, pieces = self.comm, self.trees.pop(stack.number).pieces()
         everyone = tuple(range(self.model.config.blocks))
         summed: dict[int, tuple[Tree[Array], list[Arrival]]] = {}
         sends: list[Request] = []
-        for place in range(len(stack.slots)):
-            tile = slice(place, place + 1)
-            owner = (stack.tiles.start + place) % comm.size
+        for row in range(len(stack.slots)):
+            tile = slice(row, row + 1)
+            owner = (stack.tiles.start + row) % comm.size
             if owner != comm.rank:
                 sends += [comm.Isend(piece[tile], owner, self.tag) for _, piece in pieces]
                 continue
@@ -61,35 +69,34 @@ class AllReduceTiles(BlockSums):
                 for peer in comm.others for node in cover(everyone, tuple(self.model.grid.blocks_of(peer)))]
             for (level, index), piece in pieces:
                 tree.add(index, piece[tile], level)
-            summed[place] = tree, arrivals
-        self.exchanged.append((pieces[0][1], summed, sends))
-        if len(self.exchanged) > AHEAD:
+            summed[row] = tree, arrivals
+        self.exchanged.append((stack, pieces[0][1], summed, sends))
+        if len(self.exchanged) > STACKS_IN_FLIGHT:
             self._gather_oldest()
 
     def _gather_oldest(self) -> None:
         """Wait for the sums of a stack's tiles; Isend the totals of this rank's to all, Irecv the others'."""
         comm = self.comm
-        output, summed, sends = self.exchanged.popleft()
+        stack, output, summed, sends = self.exchanged.popleft()
         for _, arrivals in summed.values():
             while arrivals:
-                merge_one(comm, arrivals)
+                merge_any(comm, arrivals)
         comm.Waitall(sends)
         requests: list[Request] = []
-        first = sum(map(len, self.outputs))
-        for place in range(len(output)):
-            tile, owner = slice(place, place + 1), (first + place) % comm.size
+        for row in range(len(output)):
+            tile, owner = slice(row, row + 1), (stack.tiles.start + row) % comm.size
             if owner == comm.rank:
-                output[tile] = summed[place][0].total
+                output[tile] = summed[row][0].total
                 requests += [comm.Isend(output[tile], peer, self.tag) for peer in comm.others]
             else:
                 requests.append(comm.Irecv(output[tile], owner, self.tag))
         self.outputs.append(output)
         self.gathered.append(requests)
-        if len(self.gathered) > AHEAD:
+        if len(self.gathered) > STACKS_IN_FLIGHT:
             comm.Waitall(self.gathered.popleft())
 
-    def finish(self) -> list[Array]:
-        """The totals, stack by stack, on every rank."""
+    def totals(self) -> list[Array]:
+        """Wait for all that is in flight, and return the totals, stack by stack, the same on every rank."""
         while self.exchanged:
             self._gather_oldest()
         while self.gathered:
@@ -110,12 +117,12 @@ def all_reduce(
     tree.add_stack(owned(comm.rank), partials)
     mine = [piece for _, piece in tree.pieces()]
     arrivals = [
-        Arrival(comm.Irecv(mine[0].copy(), peer, tag), tree, node)
+        Arrival(comm.Irecv(mine[0].copy(), peer, tag), tree, node)  # the copy is a buffer of the same size
         for peer in comm.others
         for node in cover(leaves, tuple(owned(peer)))
     ]
     # Merging changes pieces in place, so they must have left before the first merge.
     comm.Waitall([comm.Isend(piece, peer, tag) for peer in comm.others for piece in mine])
     while arrivals:
-        merge_one(comm, arrivals)
+        merge_any(comm, arrivals)
     return tree.total

@@ -1,13 +1,14 @@
-"""The order in which a rank uses the blocks of all owners: in rounds of one block of each."""
+"""The order in which ranks use the blocks of all owners: in rounds of one block of each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import TypeAlias
 
 from ..grid.grid import Grid, share
 
-AHEAD = 2
-"""How many blocks' keys and values, or gradients, may be in flight to or from a rank while it works on another's."""
+Order: TypeAlias = list[tuple[int, int]]
+"""(owner, block) of each step."""
 
 
 def owned_blocks(grid: Grid) -> list[range]:
@@ -22,12 +23,20 @@ def summed_blocks(grid: Grid) -> list[range]:
     return [range(first + part.start, first + part.stop) for part in shares]
 
 
-def rounds(owned: list[range], owners: Sequence[int]) -> list[tuple[int, int]]:
-    """(owner, block) of all blocks: the first of each owner, in the order of `owners`, then the second of each, ..."""
-    most = max(map(len, owned))
+def ring_orders(owned: list[range]) -> list[Order]:
+    """Each rank's order in a ring r -> r+1: the first block of its own, of its left neighbour, of that one's left
+    neighbour, ...; then the second of each, ..."""
+    size = len(owned)
+    return [in_rounds(owned, ((rank - step) % size for step in range(size))) for rank in range(size)]
+
+
+def broadcast_orders(owned: list[range]) -> list[Order]:
+    """Each rank's order where all use the same block at the same step: the first block of each owner, then the second
+    of each, ..."""
+    return [in_rounds(owned, range(len(owned)))] * len(owned)
+
+
+def in_rounds(owned: list[range], owners: Iterable[int]) -> Order:
+    """The first block of each owner, in the order of `owners`, then the second of each, ..."""
+    owners, most = list(owners), max(map(len, owned))
     return [(owner, owned[owner][number]) for number in range(most) for owner in owners if number < len(owned[owner])]
-
-
-def backwards_from(rank: int, size: int) -> list[int]:
-    """This rank, its left neighbour, the left neighbour's, ...: whose blocks come by in a ring r -> r+1."""
-    return [(rank - step) % size for step in range(size)]

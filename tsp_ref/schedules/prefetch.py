@@ -1,8 +1,8 @@
-"""What crosses from one sub-layer of TSP to the next: the first messages of the following one."""
+"""What TSP posts before it is needed: the first messages of the next sub-layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 from ..comm.communicator import Communicator
@@ -13,38 +13,44 @@ from .keys_values import GatherKeysValues
 from .ring import Broadcast, Ring
 from .tags import Tag
 
-First: TypeAlias = Sequence["Ring | Broadcast | GatherKeysValues"]
-"""What the following sub-layer waits for first, in the order in which it does."""
+Prefetch: TypeAlias = Callable[[], None]
+"""Posts the first messages of the next sub-layer, unless they are posted: a `post` of what that one will wait for."""
 
 
-def start(following: First) -> None:
-    """Post the first messages of the following sub-layer, unless they are posted."""
-    for messages in following:
-        messages.start()
+def nothing() -> None:
+    """Where no sub-layer follows, or the next needs no weights."""
 
 
 class LayerMessages(NamedTuple):
-    """What a layer's backward receives, in the order of its sub-layers. None of it is posted before it is started; the
-    first two only if what they are for is recomputed."""
+    """What a layer's backward receives of weights, keys and values. The first messages of each are posted by the
+    sub-layer before; the first two are used only if what they are for is recomputed."""
 
-    heads_again: Broadcast
-    ring_again: Ring
-    ring: Ring
+    attention_recomputed: Broadcast
+    mlp_recomputed: Ring
+    mlp: Ring
     keys_values: GatherKeysValues
-    heads: Broadcast
+    attention: Broadcast
 
-    def first(self, recompute: str) -> First:
-        """What the layer's backward begins with."""
-        return [self.heads_again] if recompute == "full" else [self.ring]
+    def post_first(self, recompute: str) -> Prefetch:
+        """The post of what the layer's backward begins with."""
+        return self.attention_recomputed.post if recompute == "full" else self.mlp.post
+
+    def post_attention(self) -> None:
+        """Post what attention's backward begins with."""
+        self.keys_values.post()
+        self.attention.post()
 
 
 def messages_of_layer(
     comm: Communicator, model: Model, weights: Parameters, saved: Saved, layer: int
 ) -> LayerMessages:
-    """The messages of a layer's backward."""
+    """The messages of a layer's backward, none of them posted yet."""
     attention, mlp = weights.attention[layer], weights.mlp[layer]
-    heads = Broadcast(comm, model, attention, Tag.ATTENTION_WEIGHTS)
-    kept, order = saved.attention[layer].keys_values, [block for _, block in heads.order]
+    broadcast = Broadcast(comm, model, attention, Tag.ATTENTION_WEIGHTS)
     return LayerMessages(
-        Broadcast(comm, model, attention, Tag.ATTENTION_WEIGHTS), Ring(comm, model, mlp, Tag.MLP_WEIGHTS),
-        Ring(comm, model, mlp, Tag.MLP_WEIGHTS), GatherKeysValues(comm, model, kept, order), heads)
+        attention_recomputed=Broadcast(comm, model, attention, Tag.ATTENTION_WEIGHTS),
+        mlp_recomputed=Ring(comm, model, mlp, Tag.MLP_WEIGHTS),
+        mlp=Ring(comm, model, mlp, Tag.MLP_WEIGHTS),
+        keys_values=GatherKeysValues(  # which recomputation will fill again, in the same dictionary
+            comm, model, saved.attention[layer].keys_values, [block for _, block in broadcast.order]),
+        attention=broadcast)

@@ -8,11 +8,11 @@ from ..arrays import Array
 from ..comm.communicator import Communicator
 from ..comm.request import Request
 from ..model.model import Model
-from .order import backwards_from, owned_blocks, rounds
+from .order import broadcast_orders, owned_blocks, ring_orders
 from .tags import Tag
 
-FIRST = 4
-"""Blocks of a broadcast that are posted while the sub-layer before is still at work: small ones, under a long work
+PREFETCHED = 4
+"""Blocks of a broadcast that are posted in the sub-layer before: attention's are small, and the MLP's work is long
 (chosen by measurement in virtual time)."""
 
 
@@ -24,60 +24,54 @@ class Ring:
         rank 0   own     rank 3's   rank 2's   rank 1's   own second block
         rank 1   own     rank 0's   rank 3's   rank 2's   own second block
 
-    Double buffered: while one block is used, the next is in flight from the left, and the one in use to the right,
-    unless the right neighbour owns it: then it has been everywhere.
+    Double buffered: while one block is used, the next is in flight from the left, and one to the right: the one in use,
+    or where the right neighbour owns that, so that it has been everywhere, this rank's own of the next round. A third
+    buffer is free when the block used before has been sent.
     """
 
     def __init__(self, comm: Communicator, model: Model, shard: Array, tag: Tag) -> None:
         self.comm, self.model, self.tag = comm, model, tag
         self.left, self.right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
-        self.order = rounds(owned_blocks(model.grid), backwards_from(comm.rank, comm.size))
-        self.to_receive = deque(block for owner, block in self.order if owner != comm.rank)
-        self.to_send = deque(block for owner, block in self.order if owner != self.right)
-        self.here = dict(zip(model.grid.blocks, shard))
+        self.orders = ring_orders(owned_blocks(model.grid))
+        self.order = self.orders[comm.rank]  # (owner, block) of each step, as in the table
+        self.to_receive = deque(block for owner, block in self.order if owner != comm.rank)  # not yet posted
+        self.to_send = deque(block for owner, block in self.order if owner != self.right)  # not yet posted
+        self.here = dict(zip(model.grid.blocks, shard))  # block -> its weights: this rank's own, and the one in use
         self.shape = shard.shape[1:]
         self.receive: Request | None = None
-        self.sends: list[Request] = []
-        self.ahead = 0  # receives posted, less sends posted
-
-    def start(self) -> None:
-        """Post the first exchange: Irecv the left neighbour's first block, Isend this rank's own first."""
-        self.post()
+        self.send: Request | None = None
 
     def post(self) -> None:
-        """Irecv the next block from the left, if none is in flight; Isend to the right what that rank uses next, but no
-        more than was asked for from the left: more would be in the way of what is needed sooner."""
-        if self.receive is None and self.to_receive:
+        """Irecv the next block from the left; wait for the last send, and Isend the block that the right neighbour uses
+        next. Nothing while the block that was posted before is still to be waited for."""
+        if self.receive is not None:
+            return
+        if self.to_receive:
             buffer = self.model.empty("buffers", *self.shape)
-            self.receive = self.comm.Irecv(buffer, self.left, self.tag, block=self.to_receive[0])
-            self.ahead += 1
-        while self.to_send and self.to_send[0] in self.here and (self.ahead > 0 or not self.to_receive):
-            self.comm.Waitall(self.sends)  # of the block that was used before: its buffer is free from here on
+            self.receive = self.comm.Irecv(buffer, self.left, self.tag, block=self.to_receive.popleft())
+        if self.to_send and self.to_send[0] in self.here:
+            if self.send is not None:
+                self.comm.Wait(self.send)
             block = self.to_send.popleft()
-            self.sends = [self.comm.Isend(self.here[block], self.right, self.tag, block=block)]
-            self.ahead -= 1
+            self.send = self.comm.Isend(self.here[block], self.right, self.tag, block=block)
 
     def wait(self, step: int) -> Array:
-        """The block of this step, once it is here. The one before it is let go."""
+        """Wait until the block of this step is here, and return it. The one before it is dropped: its buffer is free
+        when it has been sent."""
+        owner, block = self.order[step]
         if step and self.order[step - 1][0] != self.comm.rank:
             del self.here[self.order[step - 1][1]]
-        owner, block = self.order[step]
         if owner != self.comm.rank:
-            assert self.receive is not None
+            assert self.receive is not None, "post comes before wait"
             self.comm.Wait(self.receive)
-            self.here[self.to_receive.popleft()] = self.receive.array
-            self.receive = None
+            self.here[block], self.receive = self.receive.array, None
         return self.here[block]
 
-    @property
-    def all_posted(self) -> bool:
-        """Whether its last messages are in flight, or over: then those of the next sub-layer may be."""
-        return len(self.to_receive) <= (self.receive is not None) and not self.to_send
-
     def finish(self) -> None:
-        """Wait for the last send, and free the last blocks."""
-        self.comm.Waitall(self.sends)
-        self.sends.clear()
+        """Wait for the last send, and drop the last block."""
+        if self.send is not None:
+            self.comm.Wait(self.send)
+            self.send = None
         self.here.clear()
 
 
@@ -87,19 +81,17 @@ class Broadcast:
 
     def __init__(self, comm: Communicator, model: Model, shard: Array, tag: Tag) -> None:
         self.comm, self.model, self.tag = comm, model, tag
-        self.order = rounds(owned_blocks(model.grid), range(comm.size))
+        self.orders = broadcast_orders(owned_blocks(model.grid))
+        self.order = self.orders[comm.rank]  # (owner, block) of each step, the same on every rank
         self.own = dict(zip(model.grid.blocks, shard))
         self.shape = shard.shape[1:]
         self.posted = 0
         self.receives: dict[int, Request] = {}
         self.sends: list[Request] = []
 
-    def start(self) -> None:
-        """Post the first blocks."""
-        self.post(FIRST)
-
-    def post(self, until: int) -> None:
-        """Of the blocks before step `until`: Isend this rank's own to all, Irecv every other from its owner."""
+    def post(self, until: int = PREFETCHED) -> None:
+        """Of the blocks before step `until`, unless they are posted: Isend this rank's own to all, Irecv every other
+        from its owner."""
         for owner, block in self.order[self.posted : until]:
             if owner == self.comm.rank:
                 self.sends += [self.comm.Isend(self.own[block], peer, self.tag, block=block)
@@ -110,7 +102,7 @@ class Broadcast:
         self.posted = max(self.posted, min(until, len(self.order)))
 
     def wait(self, step: int) -> Array:
-        """The block of this step, once it is here; it is the caller's to let go."""
+        """Wait until the block of this step is here, and return it; its buffer is free when the caller drops it."""
         owner, block = self.order[step]
         if owner == self.comm.rank:
             return self.own[block]

@@ -39,7 +39,7 @@ def embedding_forward(comm: Communicator, model: Model, tokens: Array, weights: 
         for block, table in zip(model.grid.blocks, weights.embedding):
             comm.progress(block, *stack.place)
             output.add(stack, block, tilewise.embed(model, tokens, table, block, stack))
-    return tilewise.joined(model, output.finish())
+    return tilewise.joined(model, output.totals())
 
 
 @phase("embedding", "backward")
@@ -63,19 +63,19 @@ def attention_forward(
     normed = tilewise.normalise(model, x, weights.gains[2 * layer])
     output, saved = AllReduceTiles(comm, model, Tag.ATTENTION_SUMS), AttentionSaved(x)
     packed = dict(zip(model.grid.blocks, weights.attention[layer]))
-    tilewise.keep_blocks(model, saved, model.grid.blocks)
+    tilewise.make_room_for_heads(model, saved, model.grid.blocks)
     for block in model.grid.blocks:
         for stack in model.stacks:
             comm.progress(block, *stack.place)
             tilewise.project(model, normed, packed[block], saved, block, stack)
-    whole = [tilewise.keys_values_of(model, saved, blocks) for blocks in model.head_groups]
+    gathered = [tilewise.keys_values_of(model, saved, blocks) for blocks in model.head_groups]
     for stack in model.stacks:
-        for keys_values, blocks in zip(whole, model.head_groups):
+        for keys_values, blocks in zip(gathered, model.head_groups):
             comm.progress(blocks.start, *stack.place)
             tilewise.attend(model, keys_values, saved, blocks, stack)
             for block in blocks:
                 output.add(stack, block, tilewise.output(model, packed[block], saved, block, stack))
-    return tilewise.add_residual(model, x, output.finish()), saved
+    return tilewise.add_residual(model, x, output.totals()), saved
 
 
 @phase("attention", "backward")
@@ -90,13 +90,13 @@ def attention_backward(
     own = model.grid.blocks.start
     for blocks in model.head_groups:
         packed = weights.attention[layer][blocks.start - own : blocks.stop - own]  # [m, size of a packed block]
-        whole, given = tilewise.keys_values_of(model, saved, blocks), tilewise.keys_values_tree(model)
+        keys_values, partials = tilewise.keys_values_of(model, saved, blocks), tilewise.keys_values_tree(model)
         dq = model.empty("working", *saved.of_blocks(blocks).q.shape)  # [p, m, B, K/G, g*s, e]
         for stack in model.stacks:
             comm.progress(blocks.start, *stack.place)
-            dq[stack.tiles] = tilewise.attend_backward(model, dy, whole, packed, saved, blocks, stack, given)
-        dkeys_values = tilewise.in_order_of_slots(model, given.total)  # -> [p, 2, m, B, K/G, s, e]
-        del whole, given
+            dq[stack.tiles] = tilewise.attend_backward(model, dy, keys_values, packed, saved, blocks, stack, partials)
+        dkeys_values = tilewise.in_order_of_slots(model, partials.total)  # -> [p, 2, m, B, K/G, s, e]
+        del keys_values, partials
         for number, block in enumerate(blocks):
             dweights = Tree[Array](range(model.config.tiles))
             for stack in model.stacks:
@@ -105,9 +105,7 @@ def attention_backward(
                     model, dy, dq[:, number], dkeys_values[:, :, number], normed, packed[number], saved, block, stack,
                     dweights))
             gradients.attention[layer][block - own] = dweights.total
-    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer])
-    dx += dy
-    return dx
+    return tilewise.add_residual_backward(model, dy, dnormed.totals(), saved.x, gain, dgain[:, 2 * layer])
 
 
 @phase("mlp", "forward")
@@ -118,12 +116,12 @@ def mlp_forward(
     normed = tilewise.normalise(model, x, weights.gains[2 * layer + 1])
     output, saved = AllReduceTiles(comm, model, Tag.MLP_SUMS), MlpSaved(x)
     for block in model.grid.blocks:
-        tilewise.keep_projected(model, saved, block)
+        tilewise.make_room_for_projected(model, saved, block)
     for stack in model.stacks:
         for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
             comm.progress(block, *stack.place)
             output.add(stack, block, tilewise.feed(model, normed, packed, saved, block, stack))
-    return tilewise.add_residual(model, x, output.finish()), saved
+    return tilewise.add_residual(model, x, output.totals()), saved
 
 
 @phase("mlp", "backward")
@@ -142,9 +140,7 @@ def mlp_backward(
             dnormed.add(stack, block, tilewise.feed_backward(
                 model, dy, normed, packed, saved, block, stack, dweights))
         out[...] = dweights.total
-    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer + 1])
-    dx += dy
-    return dx
+    return tilewise.add_residual_backward(model, dy, dnormed.totals(), saved.x, gain, dgain[:, 2 * layer + 1])
 
 
 @phase("head", "forward")
@@ -158,7 +154,7 @@ def head_forward(
         for block, table in zip(model.grid.blocks, weights.head_table):
             comm.progress(block, *stack.place)
             triples.add(stack, block, tilewise.logits(model, normed, table, targets, block, stack))
-    losses, saved = tilewise.losses_of(model, triples.finish(), x)
+    losses, saved = tilewise.losses_of(model, triples.totals(), x)
     return mean_loss(comm, model, losses), saved
 
 
@@ -177,12 +173,12 @@ def head_backward(
             dnormed.add(stack, block, tilewise.logits_backward(
                 model, normed, table, targets, saved, block, stack, dtable))
         out[...] = dtable.total
-    return tilewise.normalise_backward(model, dnormed.finish(), saved.x, weights.gains[-1], dgain[:, -1])
+    return tilewise.normalise_backward(model, dnormed.totals(), saved.x, weights.gains[-1], dgain[:, -1])
 
 
 @phase("loss", "forward")
 def mean_loss(comm: Communicator, model: Model, losses: Array) -> float:
-    """The mean over all tokens of [p, 1], the sum of each tile's losses."""
+    """The mean over all tokens losses [p, 1], the sum of each tile's."""
     total = Tree[Array](range(model.config.tiles))
     total.add_stack(model.grid.slots, losses)
     return model.number(total.total) / model.config.num_tokens
@@ -218,11 +214,12 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
     """Writes the gradient of the loss into `gradients`; uses up what was saved, layer by layer."""
     dgain = model.empty("working", len(model.grid.slots), *weights.gains.shape)
     dx = head_backward(comm, model, saved.head, saved.targets, weights, gradients, dgain)
+    del saved.head  # which nothing below needs
     for layer in reversed(range(model.config.num_layers)):
         if model.recompute == "full":
             x, saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)
             saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer)[1]
-            del x  # which the MLP's backward is the last to need
+            del x  # which from here on only the MLP's backward needs
         dx = mlp_backward(comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
         if model.recompute == "attention":
             saved.attention[-1] = attention_forward(comm, model, saved.attention[-1].x, weights, layer)[1]
@@ -234,6 +231,6 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
 @phase("optimizer", "backward")
 def gradient_norm(comm: Communicator, model: Model, gradients: Parameters) -> float:
     """The Euclidean norm of all gradients, the same bits on every rank: squares summed over blocks by the tree."""
-    partials = model.xp.stack([tilewise.squares(model, gradients, place) for place in range(len(model.grid.blocks))])
+    partials = model.xp.stack([tilewise.squares(model, gradients, row) for row in range(len(model.grid.blocks))])
     total = all_reduce(comm, model.grid.blocks_of, partials, Tag.GRADIENT_NORM)
     return tilewise.norm_of(model, total, gradients)

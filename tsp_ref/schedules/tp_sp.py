@@ -26,8 +26,8 @@ from ..model.model import Model
 from ..model.parameters import Parameters
 from .all_reduce import AllReduceTiles, all_reduce
 from .gradients import AllReduceGradients, move_on
-from .keys_values import GatherKeysValues, ScatterKeysValues
-from .order import AHEAD, backwards_from, rounds, summed_blocks
+from .keys_values import AHEAD, GatherKeysValues, ScatterKeysValues
+from .order import broadcast_orders, ring_orders, summed_blocks
 from .tags import Tag
 
 
@@ -44,7 +44,7 @@ def embedding_forward(mesh: Mesh, model: Model, tokens: Array, weights: Paramete
         for block, table in zip(model.grid.blocks, weights.embedding):
             mesh.progress(block, *stack.place)
             output.add(stack, block, tilewise.embed(model, tokens, table, block, stack))
-    return tilewise.joined(model, output.finish())
+    return tilewise.joined(model, output.totals())
 
 
 @phase("embedding", "backward")
@@ -52,17 +52,17 @@ def embedding_backward(
     mesh: Mesh, model: Model, dx: Array, tokens: Array, weights: Parameters, gradients: Parameters
 ) -> AllReduceGradients:
     """The embedding's gradient in flight; where the head is tied to it, it is added to what the head has written."""
-    owned = summed_blocks(model.grid)
-    reduce = AllReduceGradients(mesh.tokens, model, gradients.embedding, owned, Tag.EMBEDDING_GRADIENTS,
+    orders = ring_orders(summed_blocks(model.grid))
+    reduce = AllReduceGradients(mesh.tokens, model, gradients.embedding, orders, Tag.EMBEDDING_GRADIENTS,
                                 tied=model.config.tied_head)
-    for owner, block in rounds(owned, backwards_from(mesh.tokens.rank, mesh.tokens.size)):
+    for step, (_, block) in enumerate(orders[mesh.tokens.rank]):
         dtable = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
             mesh.progress(block, *stack.place)
             tilewise.embed_backward(model, dx, tokens, weights.embedding.shape[1:], block, stack, dtable)
-        reduce.receive(owner, block)
-        reduce.send(owner, block, dtable)
-    reduce.receive_rest()
+        reduce.wait(step)
+        reduce.receive(step)
+        reduce.send(step, dtable)
     return reduce
 
 
@@ -82,20 +82,20 @@ def attention_forward(
     for step in range(len(blocks) + AHEAD):
         if step < len(blocks):
             block = model.grid.blocks[step]
-            tilewise.keep_blocks(model, saved, range(block, block + 1))
+            tilewise.make_room_for_heads(model, saved, range(block, block + 1))
             for stack in model.stacks:
                 mesh.progress(block, *stack.place)
                 tilewise.project(model, normed, blocks[block], saved, block, stack)
             gather.post(step + 1)  # Isend this block's keys and values to all, Irecv theirs
         if step >= AHEAD:
             block = model.grid.blocks[step - AHEAD]
-            whole = gather.wait()  # -> [2, B, K/G, S, e]
+            keys_values = gather.wait()  # -> [2, B, K/G, S, e]
             for stack in model.stacks:
                 mesh.progress(block, *stack.place)
-                tilewise.attend(model, whole, saved, range(block, block + 1), stack)
+                tilewise.attend(model, keys_values, saved, range(block, block + 1), stack)
                 output.add(stack, block, tilewise.output(model, blocks[block], saved, block, stack))
-            del whole  # before the next block's are put together
-    return tilewise.add_residual(model, x, output.finish()), saved
+            del keys_values  # before the next block's are put together
+    return tilewise.add_residual(model, x, output.totals()), saved
 
 
 @phase("attention", "backward")
@@ -110,39 +110,39 @@ def attention_backward(
     they are back from all ranks, and posted to the rank that sums them.
     """
     gain, normed = weights.gains[2 * layer], tilewise.normalise(model, saved.x, weights.gains[2 * layer])
-    dnormed, owned = AllReduceTiles(mesh.weights, model, Tag.ATTENTION_SUMS), summed_blocks(model.grid)
-    order, blocks = rounds(owned, range(mesh.tokens.size)), dict(zip(model.grid.blocks, weights.attention[layer]))
+    dnormed = AllReduceTiles(mesh.weights, model, Tag.ATTENTION_SUMS)
+    orders = broadcast_orders(summed_blocks(model.grid))
+    order, blocks = orders[mesh.tokens.rank], dict(zip(model.grid.blocks, weights.attention[layer]))
     gather = GatherKeysValues(mesh.tokens, model, saved.keys_values, [block for _, block in order])
-    reduce = AllReduceGradients(
-        mesh.tokens, model, gradients.attention[layer], owned, Tag.ATTENTION_GRADIENTS, together=True)
-    attended: deque[tuple[Array, ScatterKeysValues]] = deque()
-    gather.start()
+    scatter = ScatterKeysValues(mesh.tokens, model)
+    reduce = AllReduceGradients(mesh.tokens, model, gradients.attention[layer], orders, Tag.ATTENTION_GRADIENTS)
+    attended: deque[Array] = deque()
+    gather.post()
     for step in range(len(order) + AHEAD):
         if step < len(order):
             _, block = order[step]
-            whole = gather.wait()  # -> [2, B, K/G, S, e]
+            keys_values = gather.wait()  # -> [2, B, K/G, S, e]
             gather.post(step + 1 + AHEAD)
-            dq, given = model.empty("working", *saved.q[block].shape), tilewise.keys_values_tree(model)
+            dq, partials = model.empty("working", *saved.q[block].shape), tilewise.keys_values_tree(model)
             for stack in model.stacks:
                 mesh.progress(block, *stack.place)
                 dq[stack.tiles] = tilewise.attend_backward(
-                    model, dy, whole, [blocks[block]], saved, range(block, block + 1), stack, given)[:, 0]
-            del whole  # before the next block's are put together
-            attended.append((dq, ScatterKeysValues(mesh.tokens, model, given, block)))
-            del given
+                    model, dy, keys_values, [blocks[block]], saved, range(block, block + 1), stack, partials)[:, 0]
+            scatter.post(block, partials)  # Isend what this rank's queries give to others' keys, Irecv what theirs do
+            attended.append(dq)
+            del keys_values, partials  # before the next block's are put together
         if step >= AHEAD:
-            owner, block = order[step - AHEAD]
-            dq, scatter = attended.popleft()
+            _, block = order[step - AHEAD]
+            dq = attended.popleft()
             dkeys_values, dweights = scatter.wait(), Tree[Array](range(model.config.tiles))
             for stack in model.stacks:
                 mesh.progress(block, *stack.place)
                 dnormed.add(stack, block, tilewise.project_backward(
                     model, dy, dq, dkeys_values, normed, blocks[block], saved, block, stack, dweights))
-            reduce.receive(owner, block)
-            reduce.send(owner, block, dweights)
-    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer])
-    dx += dy
-    return dx, reduce
+            reduce.wait(step - AHEAD)
+            reduce.receive(step - AHEAD)
+            reduce.send(step - AHEAD, dweights)
+    return tilewise.add_residual_backward(model, dy, dnormed.totals(), saved.x, gain, dgain[:, 2 * layer]), reduce
 
 
 @phase("mlp", "forward")
@@ -153,12 +153,12 @@ def mlp_forward(
     normed = tilewise.normalise(model, x, weights.gains[2 * layer + 1])
     output, saved = AllReduceTiles(mesh.weights, model, Tag.MLP_SUMS), MlpSaved(x)
     for block in model.grid.blocks:
-        tilewise.keep_projected(model, saved, block)
+        tilewise.make_room_for_projected(model, saved, block)
     for stack in model.stacks:
         for block, packed in zip(model.grid.blocks, weights.mlp[layer]):
             mesh.progress(block, *stack.place)
             output.add(stack, block, tilewise.feed(model, normed, packed, saved, block, stack))
-    return tilewise.add_residual(model, x, output.finish()), saved
+    return tilewise.add_residual(model, x, output.totals()), saved
 
 
 @phase("mlp", "backward")
@@ -168,21 +168,19 @@ def mlp_backward(
 ) -> tuple[Array, AllReduceGradients]:
     """dy [p, B, s, h] -> dx, and the layer's MLP gradients in flight; writes the tiles' gain gradients."""
     gain, normed = weights.gains[2 * layer + 1], tilewise.normalise(model, saved.x, weights.gains[2 * layer + 1])
-    dnormed, owned = AllReduceTiles(mesh.weights, model, Tag.MLP_SUMS), summed_blocks(model.grid)
+    dnormed, orders = AllReduceTiles(mesh.weights, model, Tag.MLP_SUMS), ring_orders(summed_blocks(model.grid))
     blocks = dict(zip(model.grid.blocks, weights.mlp[layer]))
-    reduce = AllReduceGradients(mesh.tokens, model, gradients.mlp[layer], owned, Tag.MLP_GRADIENTS)
-    for owner, block in rounds(owned, backwards_from(mesh.tokens.rank, mesh.tokens.size)):
+    reduce = AllReduceGradients(mesh.tokens, model, gradients.mlp[layer], orders, Tag.MLP_GRADIENTS)
+    for step, (_, block) in enumerate(orders[mesh.tokens.rank]):
         dweights = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
             mesh.progress(block, *stack.place)
             dnormed.add(stack, block, tilewise.feed_backward(
                 model, dy, normed, blocks[block], saved, block, stack, dweights))
-        reduce.receive(owner, block)  # Irecv what another rank computed of a block that this rank sums
-        reduce.send(owner, block, dweights)  # Isend what this rank computed of another's
-    reduce.receive_rest()
-    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer + 1])
-    dx += dy
-    return dx, reduce
+        reduce.wait(step)
+        reduce.receive(step)  # Irecv what another rank computed of a block that this rank sums
+        reduce.send(step, dweights)  # Isend what this rank computed of another's
+    return tilewise.add_residual_backward(model, dy, dnormed.totals(), saved.x, gain, dgain[:, 2 * layer + 1]), reduce
 
 
 @phase("head", "forward")
@@ -196,7 +194,7 @@ def head_forward(
         for block, table in zip(model.grid.blocks, weights.head_table):
             mesh.progress(block, *stack.place)
             triples.add(stack, block, tilewise.logits(model, normed, table, targets, block, stack))
-    losses, saved = tilewise.losses_of(model, triples.finish(), x)
+    losses, saved = tilewise.losses_of(model, triples.totals(), x)
     return mean_loss(mesh, model, losses), saved
 
 
@@ -207,25 +205,25 @@ def head_backward(
 ) -> tuple[Array, AllReduceGradients]:
     """Returns dx [p, B, s, h], and the head's gradient in flight; writes the tiles' gain gradients."""
     normed = tilewise.normalise(model, saved.x, weights.gains[-1])
-    dnormed, owned = AllReduceTiles(mesh.weights, model, Tag.HEAD_SUMS), summed_blocks(model.grid)
+    dnormed, orders = AllReduceTiles(mesh.weights, model, Tag.HEAD_SUMS), ring_orders(summed_blocks(model.grid))
     tables = dict(zip(model.grid.blocks, weights.head_table))
-    reduce = AllReduceGradients(mesh.tokens, model, gradients.head_table, owned, Tag.HEAD_GRADIENTS)
-    for owner, block in rounds(owned, backwards_from(mesh.tokens.rank, mesh.tokens.size)):
+    reduce = AllReduceGradients(mesh.tokens, model, gradients.head_table, orders, Tag.HEAD_GRADIENTS)
+    for step, (_, block) in enumerate(orders[mesh.tokens.rank]):
         table, dtable = tables[block], Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
             mesh.progress(block, *stack.place)
             dnormed.add(stack, block, tilewise.logits_backward(
                 model, normed, table, targets, saved, block, stack, dtable))
-        reduce.receive(owner, block)
-        reduce.send(owner, block, dtable)
-    reduce.receive_rest()
-    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, weights.gains[-1], dgain[:, -1])
+        reduce.wait(step)
+        reduce.receive(step)
+        reduce.send(step, dtable)
+    dx = tilewise.normalise_backward(model, dnormed.totals(), saved.x, weights.gains[-1], dgain[:, -1])
     return dx, reduce
 
 
 @phase("loss", "forward")
 def mean_loss(mesh: Mesh, model: Model, losses: Array) -> float:
-    """The mean over all tokens, on every rank, of [p, 1], the sum of each tile's losses."""
+    """The mean over all tokens, on every rank, losses [p, 1], the sum of each tile's."""
     total = all_reduce(mesh.tokens, model.grid.slots_of, losses, Tag.LOSS)
     return model.number(total) / model.config.num_tokens
 
@@ -258,12 +256,13 @@ def model_backward(mesh: Mesh, model: Model, saved: Saved, weights: Parameters, 
     """Writes the gradient of the loss into `gradients`; uses up what was saved, layer by layer."""
     dgain = model.empty("working", len(model.grid.slots), *weights.gains.shape)
     dx, reduce = head_backward(mesh, model, saved.head, saved.targets, weights, gradients, dgain)
+    del saved.head  # which nothing below needs
     in_flight = [reduce]
     for layer in reversed(range(model.config.num_layers)):
         if model.recompute == "full":
             x, saved.attention[-1] = attention_forward(mesh, model, saved.attention[-1].x, weights, layer)
             saved.mlp[-1] = mlp_forward(mesh, model, x, weights, layer)[1]
-            del x  # which the MLP's backward is the last to need
+            del x  # which from here on only the MLP's backward needs
         dx, reduce = mlp_backward(mesh, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain)
         in_flight = move_on(in_flight, reduce)
         if model.recompute == "attention":
@@ -280,6 +279,6 @@ def model_backward(mesh: Mesh, model: Model, saved: Saved, weights: Parameters, 
 @phase("optimizer", "backward")
 def gradient_norm(mesh: Mesh, model: Model, gradients: Parameters) -> float:
     """The Euclidean norm of all gradients, the same bits on every rank: squares summed over blocks by the tree."""
-    partials = model.xp.stack([tilewise.squares(model, gradients, place) for place in range(len(model.grid.blocks))])
+    partials = model.xp.stack([tilewise.squares(model, gradients, row) for row in range(len(model.grid.blocks))])
     total = all_reduce(mesh.weights, model.grid.blocks_of, partials, Tag.GRADIENT_NORM)
     return tilewise.norm_of(model, total, gradients)

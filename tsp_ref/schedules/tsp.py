@@ -1,15 +1,16 @@
 """TSP: tensor and sequence parallelism folded on one axis. Every rank holds 1/N of the weights and 1/N of the tokens.
 
 Weights come to the tokens: attention blocks are broadcast by each owner in turn, MLP and vocabulary blocks go round a
-ring. Only keys and values cross between tokens. Gradients of weights go straight to the blocks' owners. The forward of
-attention and MLP follows the paper (arXiv 2604.26294) as its readers describe it; the backward, the embedding, the
-head, the order of every sum, and that all travels block by block, are ours.
+ring. Between tokens only keys, values and their gradients cross. Gradients of weights go straight to the blocks'
+owners. The forward of attention and MLP follows what is known of the paper (arXiv 2604.26294); the backward, the embedding, the head,
+the order of every sum, and the transfer block by block, are ours.
 
-What travels is posted early and waited for late. Two things cross from a sub-layer to the next, handed on by
-`model_forward` and `model_backward`: the first messages of the `following` one, which a sub-layer starts when its own
-are all posted (on a shared link, what is needed sooner must be posted sooner); and gradients in flight to their owners,
-which a backward returns, to be finished after the next. Beside its 1/N of everything a rank holds the blocks in use and
-in flight, and one block's keys and values of the whole sequence, with those of the next two as they arrive.
+What travels is posted early and waited for late. What crosses from a sub-layer to the next is handed on by
+`model_forward` and `model_backward`: the next one's ring or broadcast, with `prefetch`, which posts its first messages,
+and which a sub-layer calls when it has posted its own last weights, keys and values (on a shared link, what is needed
+sooner must be posted sooner); and gradients in flight to their owners, which a backward returns, to be finished after
+the next. Beside its 1/N of everything a rank holds the blocks in use and in flight, one block's keys and values of the
+whole sequence, with those of the next two as they arrive, and in the backward their gradients alike.
 
 Read beside `reference.single`: the same functions in the same order; what differs is the messages.
 """
@@ -30,9 +31,9 @@ from ..model.parameters import Parameters
 from ..model.tilewise import BlockSums
 from .all_reduce import all_reduce
 from .gradients import ReduceToOwner
-from .keys_values import GatherKeysValues, ScatterKeysValues
-from .order import AHEAD, backwards_from, owned_blocks, rounds
-from .prefetch import First, messages_of_layer, start
+from .keys_values import AHEAD, GatherKeysValues, ScatterKeysValues
+from .order import owned_blocks, ring_orders
+from .prefetch import Prefetch, messages_of_layer, nothing
 from .ring import Broadcast, Ring
 from .tags import Tag
 
@@ -44,22 +45,22 @@ def place(comm: Communicator) -> tuple[Place, Place]:
 
 @phase("embedding", "forward")
 def embedding_forward(
-    comm: Communicator, model: Model, tokens: Array, weights: Parameters, following: First = ()
+    comm: Communicator, model: Model, tokens: Array, weights: Parameters, prefetch: Prefetch = nothing
 ) -> Array:
     """tokens [p, B, s], of this rank's tiles -> x [p, B, s, h]."""
     output = BlockSums(model)
     ring = Ring(comm, model, weights.embedding, Tag.EMBEDDING_WEIGHTS)
-    ring.start()
+    ring.post()
     for step, (_, block) in enumerate(ring.order):
         table = ring.wait(step)
         ring.post()
-        if ring.all_posted:
-            start(following)
+        if not (ring.to_receive or ring.to_send):
+            prefetch()
         for stack in model.stacks:
             comm.progress(block, *stack.place)
             output.add(stack, block, tilewise.embed(model, tokens, table, block, stack))
     ring.finish()
-    return tilewise.joined(model, output.finish())
+    return tilewise.joined(model, output.totals())
 
 
 @phase("embedding", "backward")
@@ -68,162 +69,156 @@ def embedding_backward(
 ) -> ReduceToOwner:
     """The embedding's gradients in flight to their owners; where the head is tied to it, they are added to the head's.
     The rows are not needed, so no ring circulates: every rank works for the owners in its order."""
-    owned, tied = owned_blocks(model.grid), model.config.tied_head
-    reduce = ReduceToOwner(comm, model, gradients.embedding, owned, Tag.EMBEDDING_GRADIENTS, tied=tied)
-    for owner, block in rounds(owned, backwards_from(comm.rank, comm.size)):
+    orders, tied = ring_orders(owned_blocks(model.grid)), model.config.tied_head
+    reduce = ReduceToOwner(comm, model, gradients.embedding, orders, Tag.EMBEDDING_GRADIENTS, tied=tied)
+    for step, (_, block) in enumerate(orders[comm.rank]):
         dtable = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
             comm.progress(block, *stack.place)
             tilewise.embed_backward(model, dx, tokens, weights.embedding.shape[1:], block, stack, dtable)
-        reduce.receive(owner, block)
-        reduce.send(owner, block, dtable)
-    reduce.receive_rest()
+        reduce.wait(step)
+        reduce.receive(step)
+        reduce.send(step, dtable)
     return reduce
 
 
 @phase("attention", "forward")
 def attention_forward(
-    comm: Communicator, model: Model, x: Array, weights: Parameters, layer: int, heads: Broadcast | None = None,
-    following: First = (), saved: AttentionSaved | None = None
+    comm: Communicator, model: Model, x: Array, weights: Parameters, layer: int, broadcast: Broadcast | None = None,
+    prefetch: Prefetch = nothing, saved: AttentionSaved | None = None
 ) -> tuple[Array, AttentionSaved]:
     """x plus the attention of the normed x [p, B, s, h].
 
-    Two stages, AHEAD blocks apart: a block of heads is projected, and its keys and values are posted to all ranks; it
-    is attended with when the next two are projected. When recomputed, the given `saved` is refilled.
+    Two stages, AHEAD blocks apart: a block of heads is projected, and its keys and values are posted to all ranks; they
+    are used when the next two are projected. When recomputed, the given `saved` is refilled.
     """
     normed = tilewise.normalise(model, x, weights.gains[2 * layer])
     output, saved = BlockSums(model), saved or AttentionSaved(x)
-    heads = heads or Broadcast(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS)
-    gather = GatherKeysValues(comm, model, saved.keys_values, [block for _, block in heads.order])
+    broadcast = broadcast or Broadcast(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS)
+    gather = GatherKeysValues(comm, model, saved.keys_values, [block for _, block in broadcast.order])
     projected: deque[tuple[int, Array]] = deque()
-    heads.start()
-    for step in range(len(heads.order) + AHEAD):
-        if step < len(heads.order):
-            _, block = heads.order[step]
-            packed = heads.wait(step)  # until this block is here
-            heads.post(step + 1 + AHEAD)  # Isend, or Irecv, the next steps' blocks, unless they are posted already
-            tilewise.keep_blocks(model, saved, range(block, block + 1))
+    for step in range(len(broadcast.order) + AHEAD):
+        if step < len(broadcast.order):
+            _, block = broadcast.order[step]
+            broadcast.post(step + 1 + AHEAD)  # Isend, or Irecv, this and the next two steps' blocks, if not yet posted
+            packed = broadcast.wait(step)  # until this block is here
+            tilewise.make_room_for_heads(model, saved, range(block, block + 1))
             for stack in model.stacks:
                 comm.progress(block, *stack.place)
                 tilewise.project(model, normed, packed, saved, block, stack)
             gather.post(step + 1)  # Isend this block's keys and values to all, Irecv theirs
             projected.append((block, packed))
-        if step + 1 == len(heads.order):
-            start(following)
+        if step + 1 == len(broadcast.order):
+            prefetch()
         if step >= AHEAD:
             block, packed = projected.popleft()
-            whole = gather.wait()  # -> [2, B, K/G, S, e]
+            keys_values = gather.wait()  # -> [2, B, K/G, S, e]
             for stack in model.stacks:
                 comm.progress(block, *stack.place)
-                tilewise.attend(model, whole, saved, range(block, block + 1), stack)
+                tilewise.attend(model, keys_values, saved, range(block, block + 1), stack)
                 output.add(stack, block, tilewise.output(model, packed, saved, block, stack))
-            del whole  # before the next block's are put together
-    heads.finish()
-    return tilewise.add_residual(model, x, output.finish()), saved
+            del keys_values  # before the next block's are put together
+    broadcast.finish()
+    return tilewise.add_residual(model, x, output.totals()), saved
 
 
 @phase("attention", "backward")
 def attention_backward(
     comm: Communicator, model: Model, dy: Array, saved: AttentionSaved, weights: Parameters, layer: int,
-    gradients: Parameters, dgain: Array, heads: Broadcast | None = None, gather: GatherKeysValues | None = None,
-    following: First = ()
+    gradients: Parameters, dgain: Array, broadcast: Broadcast | None = None, gather: GatherKeysValues | None = None,
+    prefetch: Prefetch = nothing
 ) -> tuple[Array, ReduceToOwner]:
     """dy [p, B, s, h] -> dx, and the layer's attention gradients in flight; writes the tiles' gain gradients.
 
-    Keys and values travel again. Two stages, AHEAD blocks apart: with a block's keys and values the gradients that this
-    rank's queries give them are formed, and posted to the tokens' ranks; those of the block's weights are formed when
-    they are back from all ranks, and posted to the block's owner.
+    Keys and values travel again. Two stages, AHEAD blocks apart: what this rank's queries give to a block's keys and
+    values is posted to the tokens' ranks; and with what theirs give to this rank's, the block's weights get gradients.
     """
     gain, normed = weights.gains[2 * layer], tilewise.normalise(model, saved.x, weights.gains[2 * layer])
-    dnormed = BlockSums(model)
-    heads = heads or Broadcast(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS)
-    gather = gather or GatherKeysValues(comm, model, saved.keys_values, [block for _, block in heads.order])
-    reduce = ReduceToOwner(
-        comm, model, gradients.attention[layer], owned_blocks(model.grid), Tag.ATTENTION_GRADIENTS, together=True)
-    attended: deque[tuple[int, int, Array, Array, ScatterKeysValues]] = deque()
-    start((gather, heads))
-    for step in range(len(heads.order) + AHEAD):
-        if step < len(heads.order):
-            owner, block = heads.order[step]
-            packed, whole = heads.wait(step), gather.wait()  # -> [size of a packed block], [2, B, K/G, S, e]
-            heads.post(step + 1 + AHEAD)
+    dnormed, scatter = BlockSums(model), ScatterKeysValues(comm, model)
+    broadcast = broadcast or Broadcast(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS)
+    gather = gather or GatherKeysValues(comm, model, saved.keys_values, [block for _, block in broadcast.order])
+    reduce = ReduceToOwner(comm, model, gradients.attention[layer], broadcast.orders, Tag.ATTENTION_GRADIENTS)
+    attended: deque[tuple[int, Array, Array]] = deque()
+    gather.post()
+    for step in range(len(broadcast.order) + AHEAD):
+        if step < len(broadcast.order):
+            _, block = broadcast.order[step]
+            broadcast.post(step + 1 + AHEAD)
+            packed, keys_values = broadcast.wait(step), gather.wait()  # -> [size of a packed block], [2, B, K/G, S, e]
             gather.post(step + 1 + AHEAD)
-            this, given = range(block, block + 1), tilewise.keys_values_tree(model)
-            dq = model.empty("working", *saved.q[block].shape)  # [p, B, K/G, g*s, e]
+            dq, partials = model.empty("working", *saved.q[block].shape), tilewise.keys_values_tree(model)
             for stack in model.stacks:
                 comm.progress(block, *stack.place)
-                dq[stack.tiles] = tilewise.attend_backward(model, dy, whole, [packed], saved, this, stack, given)[:, 0]
-            del whole  # before the next block's are put together
-            attended.append((owner, block, packed, dq, ScatterKeysValues(comm, model, given, block)))
-            del given
-        if step + 1 == len(heads.order):
-            start(following)
+                dq[stack.tiles] = tilewise.attend_backward(
+                    model, dy, keys_values, [packed], saved, range(block, block + 1), stack, partials)[:, 0]
+            scatter.post(block, partials)  # Isend what this rank's queries give to others' keys, Irecv what theirs do
+            attended.append((block, packed, dq))
+            del keys_values, partials  # before the next block's are put together
+        if step + 1 == len(broadcast.order):
+            prefetch()
         if step >= AHEAD:
-            owner, block, packed, dq, scatter = attended.popleft()
+            block, packed, dq = attended.popleft()
             dkeys_values, dweights = scatter.wait(), Tree[Array](range(model.config.tiles))
             for stack in model.stacks:
                 comm.progress(block, *stack.place)
                 dnormed.add(stack, block, tilewise.project_backward(
                     model, dy, dq, dkeys_values, normed, packed, saved, block, stack, dweights))
-            reduce.receive(owner, block)  # Irecv what others computed of this rank's block
-            reduce.send(owner, block, dweights)  # Isend what this rank computed of another's
-    heads.finish()
-    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer])
-    dx += dy
-    return dx, reduce
+            reduce.wait(step - AHEAD)
+            reduce.receive(step - AHEAD)  # Irecv what the others have computed of this rank's block
+            reduce.send(step - AHEAD, dweights)  # Isend what this rank has computed of another's
+    broadcast.finish()
+    return tilewise.add_residual_backward(model, dy, dnormed.totals(), saved.x, gain, dgain[:, 2 * layer]), reduce
 
 
 @phase("mlp", "forward")
 def mlp_forward(
     comm: Communicator, model: Model, x: Array, weights: Parameters, layer: int, ring: Ring | None = None,
-    following: First = ()
+    prefetch: Prefetch = nothing
 ) -> tuple[Array, MlpSaved]:
     """x plus the gated feed-forward of the normed x [p, B, s, h]."""
     normed = tilewise.normalise(model, x, weights.gains[2 * layer + 1])
     output, saved = BlockSums(model), MlpSaved(x)
     ring = ring or Ring(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS)
-    ring.start()
+    ring.post()
     for step, (_, block) in enumerate(ring.order):
         packed = ring.wait(step)  # until this block is here
-        ring.post()  # wait for the send before; Irecv the next block from the left, Isend this one to the right
-        if ring.all_posted:
-            start(following)  # the first blocks of the next sub-layer
-        tilewise.keep_projected(model, saved, block)
+        ring.post()  # Irecv another from the left; when the last send is over, Isend what the right needs next
+        if not (ring.to_receive or ring.to_send):
+            prefetch()  # the first blocks of the next sub-layer
+        tilewise.make_room_for_projected(model, saved, block)
         for stack in model.stacks:
             comm.progress(block, *stack.place)
             output.add(stack, block, tilewise.feed(model, normed, packed, saved, block, stack))
     ring.finish()
-    return tilewise.add_residual(model, x, output.finish()), saved
+    return tilewise.add_residual(model, x, output.totals()), saved
 
 
 @phase("mlp", "backward")
 def mlp_backward(
     comm: Communicator, model: Model, dy: Array, saved: MlpSaved, weights: Parameters, layer: int,
-    gradients: Parameters, dgain: Array, ring: Ring | None = None, following: First = ()
+    gradients: Parameters, dgain: Array, ring: Ring | None = None, prefetch: Prefetch = nothing
 ) -> tuple[Array, ReduceToOwner]:
     """dy [p, B, s, h] -> dx, and the layer's MLP gradients in flight; writes the tiles' gain gradients."""
     gain, normed = weights.gains[2 * layer + 1], tilewise.normalise(model, saved.x, weights.gains[2 * layer + 1])
     dnormed = BlockSums(model)
-    reduce = ReduceToOwner(comm, model, gradients.mlp[layer], owned_blocks(model.grid), Tag.MLP_GRADIENTS)
     ring = ring or Ring(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS)
-    ring.start()
-    for step, (owner, block) in enumerate(ring.order):
+    reduce = ReduceToOwner(comm, model, gradients.mlp[layer], ring.orders, Tag.MLP_GRADIENTS)
+    ring.post()
+    for step, (_, block) in enumerate(ring.order):
         packed = ring.wait(step)
         ring.post()
-        if ring.all_posted:
-            start(following)
+        if not (ring.to_receive or ring.to_send):
+            prefetch()
         dweights = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
             comm.progress(block, *stack.place)
             dnormed.add(stack, block, tilewise.feed_backward(
                 model, dy, normed, packed, saved, block, stack, dweights))
-        reduce.receive(owner, block)  # Irecv what another rank computed of this rank's block; merge the oldest of many
-        reduce.send(owner, block, dweights)  # Isend what this rank computed of another's; wait for the oldest of many
+        reduce.wait(step)  # for the oldest gradients in flight, to make room
+        reduce.receive(step)  # Irecv what another rank has computed of this rank's block
+        reduce.send(step, dweights)  # Isend what this rank has computed of another's
     ring.finish()
-    reduce.receive_rest()
-    dx = tilewise.normalise_backward(model, dnormed.finish(), saved.x, gain, dgain[:, 2 * layer + 1])
-    dx += dy
-    return dx, reduce
+    return tilewise.add_residual_backward(model, dy, dnormed.totals(), saved.x, gain, dgain[:, 2 * layer + 1]), reduce
 
 
 @phase("head", "forward")
@@ -234,7 +229,7 @@ def head_forward(
     normed = tilewise.normalise(model, x, weights.gains[-1])
     triples = BlockSums(model, tilewise.merge_triples(model))
     ring = ring or Ring(comm, model, weights.head_table, Tag.HEAD_WEIGHTS)
-    ring.start()
+    ring.post()
     for step, (_, block) in enumerate(ring.order):
         table = ring.wait(step)
         ring.post()
@@ -242,41 +237,41 @@ def head_forward(
             comm.progress(block, *stack.place)
             triples.add(stack, block, tilewise.logits(model, normed, table, targets, block, stack))
     ring.finish()
-    losses, saved = tilewise.losses_of(model, triples.finish(), x)
+    losses, saved = tilewise.losses_of(model, triples.totals(), x)
     return mean_loss(comm, model, losses), saved
 
 
 @phase("head", "backward")
 def head_backward(
     comm: Communicator, model: Model, saved: HeadSaved, targets: Array, weights: Parameters, gradients: Parameters,
-    dgain: Array, following: First = ()
+    dgain: Array, prefetch: Prefetch = nothing
 ) -> tuple[Array, ReduceToOwner]:
     """Returns dx [p, B, s, h], and the head's gradients in flight; writes the tiles' gain gradients."""
     normed = tilewise.normalise(model, saved.x, weights.gains[-1])
     dnormed = BlockSums(model)
-    reduce = ReduceToOwner(comm, model, gradients.head_table, owned_blocks(model.grid), Tag.HEAD_GRADIENTS)
     ring = Ring(comm, model, weights.head_table, Tag.HEAD_WEIGHTS)
-    ring.start()
-    for step, (owner, block) in enumerate(ring.order):
+    reduce = ReduceToOwner(comm, model, gradients.head_table, ring.orders, Tag.HEAD_GRADIENTS)
+    ring.post()
+    for step, (_, block) in enumerate(ring.order):
         table = ring.wait(step)
         ring.post()
-        if ring.all_posted:
-            start(following)
+        if not (ring.to_receive or ring.to_send):
+            prefetch()
         dtable = Tree[Array](range(model.config.tiles))
         for stack in model.stacks:
             comm.progress(block, *stack.place)
             dnormed.add(stack, block, tilewise.logits_backward(
                 model, normed, table, targets, saved, block, stack, dtable))
-        reduce.receive(owner, block)
-        reduce.send(owner, block, dtable)
+        reduce.wait(step)
+        reduce.receive(step)
+        reduce.send(step, dtable)
     ring.finish()
-    reduce.receive_rest()
-    return tilewise.normalise_backward(model, dnormed.finish(), saved.x, weights.gains[-1], dgain[:, -1]), reduce
+    return tilewise.normalise_backward(model, dnormed.totals(), saved.x, weights.gains[-1], dgain[:, -1]), reduce
 
 
 @phase("loss", "forward")
 def mean_loss(comm: Communicator, model: Model, losses: Array) -> float:
-    """The mean over all tokens, on every rank, of [p, 1], the sum of each tile's losses."""
+    """The mean over all tokens, on every rank; losses [p, 1], the sum of each tile's."""
     total = all_reduce(comm, model.grid.slots_of, losses, Tag.LOSS)
     return model.number(total) / model.config.num_tokens
 
@@ -293,20 +288,21 @@ def model_forward(
 ) -> tuple[float, Saved]:
     """The loss of a batch, and what the backward needs. tokens and targets [p, B, s], of this rank's tiles."""
     attention, mlp = [], []
-    heads = Broadcast(comm, model, weights.attention[0], Tag.ATTENTION_WEIGHTS)
-    last = Ring(comm, model, weights.head_table, Tag.HEAD_WEIGHTS)
-    x = embedding_forward(comm, model, tokens, weights, following=[heads])
+    broadcast = Broadcast(comm, model, weights.attention[0], Tag.ATTENTION_WEIGHTS)
+    head_ring = Ring(comm, model, weights.head_table, Tag.HEAD_WEIGHTS)
+    x = embedding_forward(comm, model, tokens, weights, prefetch=broadcast.post)
     for layer in range(model.config.num_layers):
         ring = Ring(comm, model, weights.mlp[layer], Tag.MLP_WEIGHTS)
-        x, saved = attention_forward(comm, model, x, weights, layer, heads, following=[ring])
+        x, saved = attention_forward(comm, model, x, weights, layer, broadcast, prefetch=ring.post)
         attention.append(saved)
-        following: First = [last]
+        prefetch = head_ring.post
         if layer + 1 < model.config.num_layers:
-            following = [heads := Broadcast(comm, model, weights.attention[layer + 1], Tag.ATTENTION_WEIGHTS)]
-        x, kept = mlp_forward(comm, model, x, weights, layer, ring, following)
+            broadcast = Broadcast(comm, model, weights.attention[layer + 1], Tag.ATTENTION_WEIGHTS)
+            prefetch = broadcast.post
+        x, kept = mlp_forward(comm, model, x, weights, layer, ring, prefetch)
         mlp.append(kept)
         tilewise.forget(model, saved, kept)
-    loss, head = head_forward(comm, model, x, targets, weights, last)
+    loss, head = head_forward(comm, model, x, targets, weights, head_ring)
     return loss, Saved(tokens, targets, attention, mlp, head)
 
 
@@ -314,27 +310,29 @@ def model_forward(
 def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Parameters, gradients: Parameters) -> None:
     """Writes the gradient of the loss, for this rank's blocks, into `gradients`; uses up what was saved."""
     dgain = model.empty("working", len(model.grid.slots), *weights.gains.shape)
-    layers = [messages_of_layer(comm, model, weights, saved, layer) for layer in range(model.config.num_layers)]
-    dx, reduce = head_backward(
-        comm, model, saved.head, saved.targets, weights, gradients, dgain, layers[-1].first(model.recompute))
+    messages_of = [messages_of_layer(comm, model, weights, saved, layer) for layer in range(model.config.num_layers)]
+    prefetch = messages_of[-1].post_first(model.recompute)
+    dx, reduce = head_backward(comm, model, saved.head, saved.targets, weights, gradients, dgain, prefetch)
+    del saved.head  # which nothing below needs
     for layer in reversed(range(model.config.num_layers)):
-        messages, attention = layers.pop(), saved.attention[-1]
-        last: First = [messages.keys_values, messages.heads]
+        messages, attention = messages_of.pop(), saved.attention[-1]
         if model.recompute == "full":
-            x = attention_forward(comm, model, attention.x, weights, layer, messages.heads_again,
-                                  [messages.ring_again], attention)[0]
-            saved.mlp[-1] = mlp_forward(comm, model, x, weights, layer, messages.ring_again, [messages.ring])[1]
-            del x  # which the MLP's backward is the last to need
+            x = attention_forward(comm, model, attention.x, weights, layer, messages.attention_recomputed,
+                                  messages.mlp_recomputed.post, attention)[0]
+            saved.mlp[-1] = mlp_forward(
+                comm, model, x, weights, layer, messages.mlp_recomputed, messages.mlp.post)[1]
+            del x  # which from here on only the MLP's backward needs
+        prefetch = messages.attention_recomputed.post if model.recompute == "attention" else messages.post_attention
         dx, reduce_mlp = mlp_backward(
-            comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain, messages.ring,
-            [messages.heads_again] if model.recompute == "attention" else last)
+            comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain, messages.mlp, prefetch)
         reduce.finish()
         if model.recompute == "attention":
-            attention_forward(comm, model, attention.x, weights, layer, messages.heads_again, last, attention)
+            attention_forward(comm, model, attention.x, weights, layer, messages.attention_recomputed,
+                              messages.post_attention, attention)
         del attention
-        dx, reduce = attention_backward(
-            comm, model, dx, saved.attention.pop(), weights, layer, gradients, dgain, messages.heads,
-            messages.keys_values, layers[-1].first(model.recompute) if layers else ())
+        prefetch = messages_of[-1].post_first(model.recompute) if messages_of else nothing
+        dx, reduce = attention_backward(comm, model, dx, saved.attention.pop(), weights, layer, gradients, dgain,
+                                        messages.attention, messages.keys_values, prefetch)
         reduce_mlp.finish()
     reduce_embedding = embedding_backward(comm, model, dx, saved.tokens, weights, gradients)
     reduce.finish()
@@ -345,6 +343,6 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
 @phase("optimizer", "backward")
 def gradient_norm(comm: Communicator, model: Model, gradients: Parameters) -> float:
     """The Euclidean norm of all gradients, the same bits on every rank: squares summed over blocks by the tree."""
-    partials = model.xp.stack([tilewise.squares(model, gradients, place) for place in range(len(model.grid.blocks))])
+    partials = model.xp.stack([tilewise.squares(model, gradients, row) for row in range(len(model.grid.blocks))])
     total = all_reduce(comm, model.grid.blocks_of, partials, Tag.GRADIENT_NORM)
     return tilewise.norm_of(model, total, gradients)
