@@ -2,8 +2,8 @@
 
 Weights come to the tokens: attention blocks are broadcast by each owner in turn, MLP and vocabulary blocks go round a
 ring. Between tokens only keys, values and their gradients cross. Gradients of weights go straight to the blocks'
-owners. The forward of attention and MLP follows what is known of the paper (arXiv 2604.26294); the backward, the embedding, the head,
-the order of every sum, and the transfer block by block, are ours.
+owners. The forward of attention and MLP follows what is known of the paper (arXiv 2604.26294); the backward, the
+embedding, the head, the order of every sum, and the transfer block by block, are ours.
 
 What travels is posted early and waited for late. What crosses from a sub-layer to the next is handed on by
 `model_forward` and `model_backward`: the next one's ring or broadcast, with `prefetch`, which posts its first messages,
