@@ -104,9 +104,12 @@ def cut(config: Config, whole: naive.Weights, model: Model) -> Parameters:
     for name, tensor in parameters.tensors():
         for number, block in enumerate(tensor):
             for field, view in named_views(config, name, block).items():
-                matrix = whole["layers"][int(name.split(".")[1])][field] if name.startswith("layers.") else whole[name]
-                axis = 0 if field in ("wo", "down", "table") else 1
-                view[...] = np.split(matrix, config.blocks, axis)[number]
+                if field == "table":
+                    first, rows = number * config.rows_per_block, config.tokens_in_block(number)
+                    view[:rows] = whole[name][first : first + rows]
+                    continue
+                matrix = whole["layers"][int(name.split(".")[1])][field]
+                view[...] = np.split(matrix, config.blocks, 0 if field in ("wo", "down") else -1)[number]
     parameters.gains[...] = whole["gains"]
     return parameters
 
@@ -127,7 +130,7 @@ def tiled(config: Config, whole: naive.Weights, tokens: Any, targets: Any) -> Ca
     def step() -> Result:
         loss, saved = single.model_forward(model, weights, *tiles)
         single.model_backward(model, saved, weights, gradients)
-        return loss, gradients.embedding.reshape(config.vocab_size, -1)
+        return loss, gradients.embedding.reshape(-1, config.hidden_size)[: config.vocab_size]
 
     return step
 

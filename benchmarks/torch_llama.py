@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tsp_ref.model.config import Config
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import initial_parameters
-from tsp_ref.reference.naive import assemble
+from tsp_ref.reference.naive import assemble, frequencies_of, gains_of
 from tsp_ref.training.data import TRAINING, Text, batch
 from tsp_ref.training.optimizer import learning_rate
 
@@ -28,14 +28,22 @@ def matrix(*parts: Any) -> nn.Parameter:
     return nn.Parameter(torch.from_numpy(np.ascontiguousarray(np.concatenate(parts, 1).T)))
 
 
+def vector(*parts: Any) -> nn.Parameter:
+    """Gains, or biases side by side."""
+    return nn.Parameter(torch.from_numpy(np.concatenate(parts)))
+
+
 class Layer(nn.Module):
     """One layer."""
 
     def __init__(self, config: Config, weights: dict[str, Any], gains: Any) -> None:
         super().__init__()
         self.config = config
-        self.gains = nn.ParameterList(nn.Parameter(torch.from_numpy(gain.copy())) for gain in gains)
+        attention, mlp, *of_heads = gains_of(config, gains)
+        self.gains = nn.ParameterList(vector(gain) for gain in (attention, mlp))
+        self.gains_of_heads = nn.ParameterList(vector(gain) for gain in of_heads) if config.qk_norm else None
         self.wqkv = matrix(weights["wq"], weights["wk"], weights["wv"])
+        self.bias = vector(*(weights[name] for name in ("bq", "bk", "bv"))) if config.qkv_bias else None
         self.wo = matrix(weights["wo"])
         self.gate_up = matrix(weights["gate"], weights["up"])
         self.down = matrix(weights["down"])
@@ -43,10 +51,13 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, S, h] -> [B, S, h]."""
         c = self.config
-        kv = c.num_kv_heads * c.head_dim
+        query, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         a = F.rms_norm(x, (c.hidden_size,), self.gains[0], c.norm_eps)
         q, k, v = (part.unflatten(-1, (-1, c.head_dim)).transpose(1, 2)  # [B, S, heads*e] -> [B, heads, S, e]
-                   for part in F.linear(a, self.wqkv).split((c.hidden_size, kv, kv), -1))
+                   for part in F.linear(a, self.wqkv, self.bias).split((query, kv, kv), -1))
+        if self.gains_of_heads is not None:
+            q, k = (F.rms_norm(part, (c.head_dim,), gain, c.norm_eps)
+                    for part, gain in zip((q, k), self.gains_of_heads))
         heads = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True,
                                                enable_gqa=c.group_size > 1)
         x = x + F.linear(heads.transpose(1, 2).flatten(2), self.wo)
@@ -71,10 +82,10 @@ class Llama(nn.Module):
         self.embedding = nn.Parameter(torch.from_numpy(weights["embedding"].copy()))
         self.layers = nn.ModuleList(Layer(config, layer, gains[2 * number : 2 * number + 2])
                                     for number, layer in enumerate(weights["layers"]))
-        self.gain = nn.Parameter(torch.from_numpy(gains[-1].copy()))
+        self.gain = vector(gains[-1, : config.hidden_size])
         self.head = self.embedding if config.tied_head else nn.Parameter(torch.from_numpy(weights["head"].copy()))
-        half = torch.arange(0, config.head_dim, 2, dtype=self.gain.dtype) / config.head_dim
-        angles = torch.arange(config.seq_len, dtype=self.gain.dtype)[:, None] * config.rope_theta ** -half
+        frequencies = torch.from_numpy(frequencies_of(config))
+        angles = torch.arange(config.seq_len, dtype=self.gain.dtype)[:, None] * frequencies
         self.register_buffer("cos", angles.cos())
         self.register_buffer("sin", angles.sin())
 

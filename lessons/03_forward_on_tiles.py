@@ -38,11 +38,12 @@ from tsp_ref.grid.tree import Tree
 from tsp_ref.model.config import Config
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, attention_views, mlp_views
-from tsp_ref.ops.attention import attend_forward, out_forward, qkv_forward
+from tsp_ref.ops.attention import attend_forward, out_forward
 from tsp_ref.ops.embedding import embed_forward
 from tsp_ref.ops.loss import logits_forward, merge_triples, token_losses
 from tsp_ref.ops.mlp import swiglu_forward
 from tsp_ref.ops.norm import rmsnorm_forward
+from tsp_ref.ops.projection import qkv_forward
 from tsp_ref.process import threads
 from tsp_ref.reference import naive, single
 

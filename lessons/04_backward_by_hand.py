@@ -42,13 +42,12 @@ from tsp_ref.ops.attention import (
     out_backward,
     out_backward_weight,
     out_forward,
-    qkv_backward,
-    qkv_forward,
 )
 from tsp_ref.ops.embedding import embed_backward, embed_forward
 from tsp_ref.ops.loss import logits_backward, logits_forward, merge_triples, token_losses
 from tsp_ref.ops.mlp import swiglu_backward, swiglu_forward
 from tsp_ref.ops.norm import rmsnorm_backward, rmsnorm_forward
+from tsp_ref.ops.projection import qkv_backward, qkv_forward
 from tsp_ref.ops.rotary import rotary_backward, rotary_forward, rotary_table
 from tsp_ref.reference import single
 

@@ -39,8 +39,9 @@ from tsp_ref.model.config import Config, make_config
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, attention_views, initial_parameters
 from tsp_ref.model.tilewise import keys_values_of
-from tsp_ref.ops.attention import attend_forward, out_forward, qkv_forward
+from tsp_ref.ops.attention import attend_forward, out_forward
 from tsp_ref.ops.norm import rmsnorm_forward
+from tsp_ref.ops.projection import qkv_forward
 from tsp_ref.reference import naive, single
 
 FULL = make_config("tiny", num_layers=1, hidden_size=128, num_heads=16, num_kv_heads=16)

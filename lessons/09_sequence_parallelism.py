@@ -55,9 +55,10 @@ from tsp_ref.grid.tree import Tree, cover
 from tsp_ref.model.config import make_config
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, attention_views, mlp_views, zero_parameters
-from tsp_ref.ops.attention import attend_forward, out_forward, qkv_forward
+from tsp_ref.ops.attention import attend_forward, out_forward
 from tsp_ref.ops.mlp import swiglu_backward
 from tsp_ref.ops.norm import rmsnorm_forward
+from tsp_ref.ops.projection import qkv_forward
 from tsp_ref.process import threads
 from tsp_ref.reference import naive, single
 from tsp_ref.schedules import sp

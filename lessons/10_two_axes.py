@@ -152,7 +152,7 @@ def judge() -> Judge:
 def mlp_forward(mesh: Mesh, model: Model, x: Array, weights: Parameters) -> tuple[Array, Kept]:
     """x plus the MLP of the normalised x [p, B, s, h], of this rank's tiles: its blocks' terms, and those of the ranks
     that hold the same tokens. An operation takes a stack of tiles; here each is a stack by itself."""
-    grid, normed = model.grid, normalise(model, x, weights.gains[1])
+    grid, normed = model.grid, normalise(model, x, weights.gains[1]).x
     sums = {slot: Tree[Array](range(CONFIG.blocks)) for slot in grid.slots}
     projected: Kept = {}
     for block, packed in zip(grid.blocks, weights.mlp[0]):
@@ -208,7 +208,7 @@ def tile_sized() -> Array:
 
 def own_gradient(model: Model, weights: Parameters, projected: Kept) -> Array:
     """The gradient of this rank's blocks, as far as its slots make it: [m, size of a packed block]."""
-    normed, dy = normalise(model, random_tiles(model, 1), weights.gains[1]), random_tiles(model, 2)
+    normed, dy = normalise(model, random_tiles(model, 1), weights.gains[1]).x, random_tiles(model, 2)
     gradient = np.zeros_like(weights.mlp[0])
     for block, packed, out in zip(model.grid.blocks, weights.mlp[0], gradient):
         gate_up, down = mlp_views(CONFIG, packed)  # -> [h, 2*f/G], [f/G, h]

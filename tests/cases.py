@@ -17,7 +17,7 @@ from tsp_ref.comm.mesh import make_mesh
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.model.config import Config, make_config
 from tsp_ref.model.model import Model
-from tsp_ref.model.parameters import Parameters, initial_parameters, named_views, zero_parameters
+from tsp_ref.model.parameters import Parameters, bias_view, initial_parameters, named_views, zero_parameters
 from tsp_ref.ops import attention
 from tsp_ref.reference import single
 from tsp_ref.schedules import sp, tp, tp_sp, tsp
@@ -38,6 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     "tied head": dict(SMALL, num_layers=1, num_heads=8, tied_head=True, batch_size=1, tiles=8),
     "nine blocks, eleven tiles": dict(num_layers=1, hidden_size=36, num_heads=18, num_kv_heads=9, ffn_size=45,
                                       seq_len=33, vocab_size=261, blocks=9, tiles=11, batch_size=3),
+    "every option": dict(SMALL, num_layers=1, num_heads=16, num_kv_heads=8, head_dim=6, tiles=8, vocab_size=261,
+                         qkv_bias=True, qk_norm=True, rope_factor=8.0, rope_original_length=16),
 }
 """Nine blocks and eleven tiles divide by no N but 1 and 3: every N owns unevenly, and tiles' trees have odd leaves."""
 
@@ -98,12 +100,15 @@ def single_digest(config: Config, steps: int = 2) -> str:
 
 
 def perturbed_parameters(model: Model, seed: int = 7) -> Parameters:
-    """Weights far from their initial symmetry: gains are not one, and softmaxes are not flat."""
+    """Weights far from their initial symmetry: gains are not one, biases not zero, and softmaxes are not flat."""
     parameters = initial_parameters(model)
     gains = parameters.gains
     gains += 0.3 * np.random.default_rng(seed).standard_normal(gains.shape, dtype=gains.dtype)
-    for _, tensor in parameters.tensors():
+    for number, (name, tensor) in enumerate(parameters.tensors()):
         tensor *= 8.0
+        biases = bias_view(model.config, tensor) if name.endswith("attention") else None
+        for bias, block in zip(() if biases is None else biases, model.grid.blocks):
+            bias += 0.3 * np.random.default_rng([seed, number, block]).standard_normal(bias.shape, dtype=bias.dtype)
     return parameters
 
 

@@ -60,7 +60,7 @@ def test_every_schedule_has_numpy_s_bits_on_the_stand_in(plan: Plan, ranks: int,
 
 
 @pytest.mark.parametrize("recompute", ["attention", "full"])
-@pytest.mark.parametrize("case", ["grouped-query", "tied head"])
+@pytest.mark.parametrize("case", ["grouped-query", "tied head", "every option"])
 def test_so_have_other_models_and_recomputation(case: str, recompute: str) -> None:
     config = case_config(case, "float64", num_layers=1, hidden_size=32, num_heads=4, num_kv_heads=4, ffn_size=16,
                          blocks=2, tiles=2, seq_len=8)

@@ -99,10 +99,12 @@ def test_pytorch_computes_the_same(results):
     assert all(len(row["losses"]) == len(row["norms"]) == 2 for row in written["rows"].values())
 
 
-GROUPED = ("vs_torch", "--ranks", "2", "--set", "num_heads=16", "tied_head=true", "batch_size=1")
+OPTIONS = ("--set", "num_heads=16", "tied_head=true", "batch_size=1", "head_dim=10", "qkv_bias=true", "qk_norm=true",
+           "rope_factor=8", "rope_original_length=16", "vocab_size=301")
 
 
-@pytest.mark.parametrize("arguments", [pytest.param(GROUPED, marks=needs_torch), ("grid_cost", "--grids", "8x8")])
+@pytest.mark.parametrize("arguments", [pytest.param(("vs_torch", "--ranks", "2", *OPTIONS), marks=needs_torch),
+                                       ("grid_cost", "--grids", "8x8", *OPTIONS)])
 def test_a_difference_beyond_the_tolerance_is_said_and_exits_with_1(arguments, tmp_path):
     done = tiny(*arguments, "--tolerance", "0", "--json", str(tmp_path / "json"))
     assert done.returncode == 1 and "NOT THE SAME COMPUTATION" in done.stdout, done.stdout + done.stderr

@@ -25,10 +25,11 @@ def both_models(case, dtype, **changes):
     weights, gradients = perturbed_parameters(model), zero_parameters(model, "gradients")
     tokens, targets = random_batch(config)
     loss, saved = single.model_forward(model, weights, cut(model, tokens), cut(model, targets))
-    last = normalise(model, saved.head.x, weights.gains[-1])
+    last = normalise(model, saved.head.x, weights.gains[-1]).x
     logits = np.zeros((config.batch_size, config.seq_len, config.vocab_size), dtype=dtype)
     for slot, x in zip(model.grid.slots, last):
-        logits[:, model.grid.tokens(slot)] = np.concatenate([x @ table.T for table in weights.head_table], -1)
+        of_rows = np.concatenate([x @ table.T for table in weights.head_table], -1)
+        logits[:, model.grid.tokens(slot)] = of_rows[..., : config.vocab_size]
     single.model_backward(model, saved, weights, gradients)
     wanted = naive.loss_and_gradients(config, naive.assemble(config, weights), tokens, targets)
     return loss, logits, naive.assemble(config, gradients), wanted

@@ -9,6 +9,7 @@ call to call stands for one number in all of a comment.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import sys
 import threading
@@ -27,7 +28,7 @@ from tsp_ref import ops
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.model.config import make_config
 from tsp_ref.model.model import Model
-from tsp_ref.model.parameters import attention_shapes, initial_parameters, mlp_shapes, zero_parameters
+from tsp_ref.model.parameters import attention_size, initial_parameters, mlp_size, zero_parameters
 from tsp_ref.ops import attention
 from tsp_ref.reference import naive, single
 from tsp_ref.training.strategy import Plan
@@ -44,6 +45,7 @@ PURE = {"reshape", "transpose", "swapaxes"}
 
 CONFIG = make_config("tiny", hidden_size=96, num_layers=1, num_heads=12, num_kv_heads=4, ffn_size=44, vocab_size=260,
                      seq_len=40, batch_size=3, blocks=2, tiles=4)
+WITH_OPTIONS = dataclasses.replace(CONFIG, qkv_bias=True, qk_norm=True)
 HALF = 5
 """Of a tile: a strip of queries, and a chunk of the tile's own keys."""
 LETTERS = dict(B=3, S=40, s=10, t=HALF, h=96, H=12, K=4, g=3, e=8, f=44, L=1, G=2, T=4, V=260)
@@ -56,8 +58,7 @@ OF_SEVERAL_BLOCKS = {"attend_forward", "attend_strip", "write_rows", "attend_bac
 # whole tiles; r, the queries that see a chunk, all of a tile or the second half. m, the blocks at hand, and p, the
 # tiles, are at most all.
 VARYING = {"n": range(HALF, 41, HALF), "c": range(HALF, 41, HALF), "r": (HALF, 10), "m": range(1, 3), "p": range(1, 5),
-           "packed": [sum(rows * columns for rows, columns in shapes(CONFIG))
-                      for shapes in (attention_shapes, mlp_shapes)]}
+           "packed": [attention_size(CONFIG), attention_size(WITH_OPTIONS), mlp_size(CONFIG)]}
 
 
 class Line:
@@ -195,11 +196,11 @@ class Watch:
         self.wrong.append(f"{Path(frame.f_code.co_filename).name}:{line.last} {frame.f_code.co_name}: {what}")
 
 
-def a_training_step(comm, plan) -> None:
+def a_training_step(comm, plan, config=CONFIG) -> None:
     """Forward and backward on virtual ranks: every operation runs."""
-    calls, model = schedule_calls(CONFIG, plan, comm)
+    calls, model = schedule_calls(config, plan, comm)
     weights, gradients = initial_parameters(model), zero_parameters(model, "gradients")
-    tokens, targets = (cut(model, whole) for whole in random_batch(CONFIG))
+    tokens, targets = (cut(model, whole) for whole in random_batch(config))
     _, saved = calls.model_forward(weights, tokens, targets)
     calls.model_backward(saved, weights, gradients)
 
@@ -222,6 +223,7 @@ def test_every_shape_comment_is_true(paths, least, monkeypatch):
     for plan, ranks in ((Plan("tp"), 2), (Plan("sp"), 2), (Plan("tp+sp", "2x2"), 4), (Plan("tsp"), 2),
                         (Plan("tsp", stack=3), 1)):
         watch.run(lambda ranks=ranks, plan=plan: VirtualWorld(ranks).run(lambda comm: a_training_step(comm, plan)))
+    watch.run(lambda: VirtualWorld(2).run(lambda comm: a_training_step(comm, Plan("tsp"), WITH_OPTIONS)))
     watch.run(a_training_step_of_the_references)
     assert watch.wrong == []
     written = {f"{path}:{line.last}" for path, lines in watch.lines.items() for line in lines.values()}

@@ -391,7 +391,7 @@ def test_every_part_of_the_reference_has_a_phase_of_its_own_name() -> None:
 
 @pytest.mark.parametrize("module", [
     "reference.single", *(f"schedules.{name}" for name in SCHEDULES),
-    "ops.attention", "ops.embedding", "ops.loss", "ops.mlp", "ops.norm", "ops.rotary",
+    "ops.attention", "ops.embedding", "ops.loss", "ops.mlp", "ops.norm", "ops.projection", "ops.rotary",
 ])
 def test_every_forward_has_a_backward(module: str) -> None:
     names = public_functions(module)

@@ -40,8 +40,8 @@ def activation_bytes(config: Config, grid: Grid | None = None, recompute: str = 
 
     For each of its tokens and layers the input of the attention (h) and, unless `full`, of the MLP (h); for the
     head its input (h) and a log-sum-exp (1). For each of its tokens, layers and blocks that it computes with, unless
-    they are recomputed: queries and the heads' output (2·h/G), keys and values (2·K·e/G), a log-sum-exp for each head
-    (H/G); gate and up (2·f/G), unless `full`.
+    they are recomputed: queries and the heads' output (2·H·e/G), keys and values (2·K·e/G), a log-sum-exp for each
+    head (H/G); gate and up (2·f/G), unless `full`.
 
     folded: under TSP a rank computes with all blocks, not only with its own. So TSP and SP keep 1/N of what one process
     keeps. TP keeps 1/N of what lies in blocks, but the inputs of all tokens: with `full`, when nothing else is kept,
@@ -51,8 +51,7 @@ def activation_bytes(config: Config, grid: Grid | None = None, recompute: str = 
     tokens = config.batch_size * config.tile_len * len(grid.slots)
     blocks = config.blocks if folded else len(grid.blocks)
     inputs = config.num_layers * config.hidden_size * (1 if recompute == "full" else 2) + config.hidden_size + 1
-    keys = config.num_kv_heads * config.head_dim
-    attention = (2 * config.hidden_size + 2 * keys + config.num_heads) // config.blocks
+    attention = (2 * (config.num_heads + config.num_kv_heads) * config.head_dim + config.num_heads) // config.blocks
     mlp = 2 * config.ffn_size // config.blocks
     in_blocks = {"none": attention + mlp, "attention": mlp, "full": 0}[recompute]
     return tokens * (inputs + config.num_layers * blocks * in_blocks) * itemsize(config)

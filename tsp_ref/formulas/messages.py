@@ -27,7 +27,7 @@ from typing import TypeAlias
 from ..grid.grid import Grid, Place, share
 from ..grid.tree import cover
 from ..model.config import Config
-from ..model.parameters import attention_shapes, mlp_shapes
+from ..model.parameters import attention_size, gain_width, mlp_size
 from ..schedules.tags import Tag
 
 
@@ -58,13 +58,14 @@ class Sizes:
     """Elements in what travels: a block of a tensor, a tile or what is summed of it for the loss, keys and values."""
 
     def __init__(self, config: Config) -> None:
-        self.attention = sum(rows * columns for rows, columns in attention_shapes(config))  # (2 + 2/g)·h²/G
-        self.mlp = sum(rows * columns for rows, columns in mlp_shapes(config))  # 3·h·f/G
-        self.table = config.vocab_size // config.blocks * config.hidden_size  # V·h/G
+        self.attention = attention_size(config)  # 2·(H+K)·e·h/G, which is (2 + 2/g)·h²/G where e = h/H
+        self.mlp = mlp_size(config)  # 3·h·f/G
+        self.table = config.rows_per_block * config.hidden_size  # V·h/G
         self.tile = config.batch_size * config.tile_len * config.hidden_size  # B·s·h
+        self.head_gains = 2 * config.head_dim if config.qk_norm else 0
         self.triple = 3 * config.batch_size * config.tile_len  # 3·B·s
         self.keys_values = 2 * config.batch_size * config.kv_heads_per_block * config.tile_len * config.head_dim
-        self.gains = (2 * config.num_layers + 1) * config.hidden_size
+        self.gains = (2 * config.num_layers + 1) * gain_width(config)
         self.tensors = 2 * config.num_layers + (1 if config.tied_head else 2)
 
 
@@ -198,7 +199,7 @@ def mesh_step(config: Config, grid: Grid) -> Step:
         ("attention", "backward", Tag.KEYS_VALUES_GRADIENTS):
             axes.scatter_keys_values(sizes.keys_values, blocks) * layers,
         ("attention", "backward", Tag.ATTENTION_GRADIENTS): gradients(sizes.attention) * layers,
-        ("attention", "backward", Tag.ATTENTION_SUMS): sums * layers,
+        ("attention", "backward", Tag.ATTENTION_SUMS): axes.all_reduce_tiles(sizes.tile + sizes.head_gains) * layers,
         ("embedding", "backward", Tag.EMBEDDING_GRADIENTS): gradients(sizes.table),
         ("gains", "backward", Tag.GAIN_GRADIENTS): axes.all_reduce_over_slots(sizes.gains),
         ("optimizer", "backward", Tag.GRADIENT_NORM): axes.all_reduce_over_blocks(sizes.tensors),
@@ -235,10 +236,13 @@ def closed_layer(schedule: str, direction: str, config: Config, weights: Place, 
 
     where D = (B·S·h/g)·(2·(N-1) - r)/N for the rank at place r. TSP sends less than TP forward if B·S > W/(4 - 2/g)/h,
     which is B·S > 8·h for g = 1 and F = 4. (Source: ours; the paper is reported to name the same crossover.)
+
+    Where heads have a size of their own, read K·e for h/g; W has the biases, if any; where heads are normed, the
+    attention's all-reduce in the backward has 2·e more for each tile, beside its B·s·h.
     """
     tokens_h = config.batch_size * config.seq_len * config.hidden_size
     weights_of_layer = Fraction(config.blocks * (Sizes(config).attention + Sizes(config).mlp))
-    keys_values = Fraction(2 * tokens_h, config.group_size)
+    keys_values = Fraction(2 * config.num_tokens * config.num_kv_heads * config.head_dim)
 
     def others(axis: Place) -> Fraction:
         return Fraction(axis.size - 1, axis.size)
@@ -253,4 +257,5 @@ def closed_layer(schedule: str, direction: str, config: Config, weights: Place, 
     exchanged = keys_values / weights.size * others(tokens)
     if direction == "forward":
         return sums + exchanged
+    sums += Fraction(2 * config.tiles * Sizes(config).head_gains, tokens.size) * others(weights)
     return sums + exchanged + scattered / weights.size + 2 * weights_of_layer / weights.size * others(tokens)

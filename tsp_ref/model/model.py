@@ -59,7 +59,7 @@ class Model:
         self.mask: Array = causal_mask(self.xp, config.tile_len, config.dtype)
         self.rotary: Array = self.xp.stack([
             rotary_table(self.xp, self.grid.tokens(slot).start, config.tile_len, config.head_dim, config.rope_theta,
-                         config.dtype) for slot in self.grid.slots])
+                         config.dtype, config.rope_scaling) for slot in self.grid.slots])
 
     @property
     def phase(self) -> Phase:

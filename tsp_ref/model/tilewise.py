@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import NamedTuple
 
 from ..arrays import Array
 from ..grid.grid import Stack
 from ..grid.tree import Tree, add
-from ..ops import attention, embedding, loss, mlp, norm
+from ..ops import attention, embedding, loss, mlp, norm, projection
 from .activations import AttentionSaved, Heads, HeadSaved, MlpSaved
 from .model import Model
-from .parameters import Parameters, attention_views, mlp_views
+from .parameters import Parameters, attention_views, bias_view, mlp_views
 
 
 class BlockSums:
@@ -35,22 +36,49 @@ class BlockSums:
         return totals
 
 
-def normalise(model: Model, x: Array, gain: Array) -> Array:
-    """RMSNorm of all tiles [p, B, s, h]; the backward recomputes it rather than keep it."""
+class Normed(NamedTuple):
+    """What a sub-layer's norm hands to its blocks: the normed input of all tiles, and, of an attention whose heads are
+    normed, how."""
+
+    x: Array  # [p, B, s, h]
+    heads: projection.HeadNorm | None
+
+
+def normalise(model: Model, x: Array, gain: Array) -> Normed:
+    """RMSNorm of all tiles x [p, B, s, h] with a row of the gains; the backward recomputes it rather than keep it."""
+    hidden, eps = model.config.hidden_size, model.config.norm_eps
     y = model.empty("working", *x.shape)
     for stack in model.stacks:
-        norm.rmsnorm_forward(model.xp, x[stack.tiles], gain, model.config.norm_eps, out=y[stack.tiles])
-    return y
+        norm.rmsnorm_forward(model.xp, x[stack.tiles], gain[:hidden], eps, out=y[stack.tiles])
+    return Normed(y, projection.HeadNorm(gain[hidden:].reshape(2, -1), eps) if model.config.qk_norm else None)
 
 
 def normalise_backward(model: Model, dy: list[Array], x: Array, gain: Array, dgain: Array) -> Array:
     """dx [p, B, s, h] from dy stack by stack, which is used up; each tile's gradient of the gain goes into its row of
-    dgain [p, h]."""
-    dx = model.empty("working", *x.shape)
+    dgain [p, length of a row of gains]."""
+    hidden, dx = model.config.hidden_size, model.empty("working", *x.shape)
     for stack in model.stacks:
-        _, dgain[stack.tiles] = norm.rmsnorm_backward(
-            model.xp, dy.pop(0), x[stack.tiles], gain, model.config.norm_eps, out=dx[stack.tiles])
+        dnormed, dgains_of_heads = apart(model, dy.pop(0), x[stack.tiles].shape)
+        _, dgain[stack.tiles, :hidden] = norm.rmsnorm_backward(
+            model.xp, dnormed, x[stack.tiles], gain[:hidden], model.config.norm_eps, out=dx[stack.tiles])
+        if model.config.qk_norm:
+            dgain[stack.tiles, hidden:] = dgains_of_heads
     return dx
+
+
+def together(model: Model, dnormed: Array, dgains: Array) -> Array:
+    """A stack's gradients of its normed input [p, B, s, h] and of the gains of queries and keys [p, 2, e] as one row
+    for each tile: both are sums over blocks, so they are summed, and travel, as one."""
+    return model.xp.concatenate([part.reshape(len(part), -1) for part in (dnormed, dgains)], axis=1)
+
+
+def apart(model: Model, dy: Array, shape: tuple[int, ...]) -> tuple[Array, Array | float]:
+    """The sums over blocks of what `together` has put together: the gradient of the normed input, of this shape, and
+    those of the gains [p, 2e]; no gradient, 0, where only the former was summed."""
+    if dy.ndim == len(shape):
+        return dy, 0.0
+    gains = 2 * model.config.head_dim
+    return model.xp.ascontiguousarray(dy[:, :-gains]).reshape(shape), dy[:, -gains:]
 
 
 def add_residual(model: Model, x: Array, y: list[Array]) -> Array:
@@ -107,29 +135,35 @@ def make_room_for_heads(model: Model, saved: AttentionSaved, blocks: range) -> N
         saved.logsumexp[block] = kept.logsumexp[:, number]
 
 
-def project(model: Model, normed: Array, packed: Array, saved: AttentionSaved, block: int, stack: Stack) -> None:
+def project(model: Model, normed: Normed, packed: Array, saved: AttentionSaved, block: int, stack: Stack) -> None:
     """A stack's queries, keys and values with a block of heads, written where they are kept."""
     tiles = stack.tiles
     wqkv, _ = attention_views(model.config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
-    attention.qkv_forward(model.xp, normed[tiles], wqkv, model.rotary[tiles],
-                out=(saved.q[block][tiles], saved.keys_values[block][tiles]))
+    projection.qkv_forward(model.xp, normed.x[tiles], wqkv, model.rotary[tiles],
+                           out=(saved.q[block][tiles], saved.keys_values[block][tiles]),
+                           bias=bias_view(model.config, packed), norm=normed.heads)
 
 
 def project_backward(
-    model: Model, dy: Array, dq: Array, dkeys_values: Array, normed: Array, packed: Array, saved: AttentionSaved,
+    model: Model, dy: Array, dq: Array, dkeys_values: Array, normed: Normed, packed: Array, saved: AttentionSaved,
     block: int, stack: Stack, dweights: Tree[Array]
 ) -> Array:
     """A stack's gradient of the normed input [p, B, s, h], from dq [p, B, K/G, g·s, e] and dkeys_values
-    [p, 2, B, K/G, s, e] of all tiles; its tiles' gradients of the block, wo's too, are added to `dweights`."""
+    [p, 2, B, K/G, s, e] of all tiles; its tiles' gradients of the block, wo's too, are added to `dweights`. Where heads
+    are normed, the gradients of their gains come with it, as `together` puts them."""
     config, tiles = model.config, stack.tiles
     wqkv, _ = attention_views(config, packed)  # -> [h, (H+2*K)/G*e], [H/G*e, h]
     leaves = model.empty("working", len(stack.slots), packed.size)
     dwqkv, dwo = attention_views(config, leaves)  # -> [p, h, (H+2*K)/G*e], [p, H/G*e, h]
-    dnormed = attention.qkv_backward(
-        model.xp, dq[tiles], dkeys_values[tiles], normed[tiles], wqkv, model.rotary[tiles], out=dwqkv)
+    bias, dbias = bias_view(config, packed), bias_view(config, leaves)
+    dgains = None if normed.heads is None else model.empty("working", len(stack.slots), *normed.heads.gains.shape)
+    dnormed = projection.qkv_backward(
+        model.xp, dq[tiles], dkeys_values[tiles], normed.x[tiles], wqkv, model.rotary[tiles], out=dwqkv,
+        bias=None if bias is None or dbias is None else (bias, dbias),
+        norm=None if normed.heads is None or dgains is None else (normed.heads, dgains))
     attention.out_backward_weight(model.xp, dy[tiles], saved.heads[block][tiles], out=dwo)
     dweights.add_stack(stack.slots, leaves)
-    return dnormed
+    return dnormed if dgains is None else together(model, dnormed, dgains)
 
 
 def attend(model: Model, keys_values: Array, saved: AttentionSaved, blocks: range, stack: Stack) -> None:
@@ -208,14 +242,14 @@ def make_room_for_projected(model: Model, saved: MlpSaved, block: int) -> None:
     saved.projected[block] = model.empty("activations", len(model.grid.slots), tokens, width)  # [p, B*s, 2*f/G]
 
 
-def feed(model: Model, normed: Array, packed: Array, saved: MlpSaved, block: int, stack: Stack) -> Array:
+def feed(model: Model, normed: Normed, packed: Array, saved: MlpSaved, block: int, stack: Stack) -> Array:
     """A stack's term of the MLP's output with a block [p, B, s, h]."""
     gate_up, down = mlp_views(model.config, packed)  # -> [h, 2*f/G], [f/G, h]
-    return mlp.swiglu_forward(model.xp, normed[stack.tiles], gate_up, down, out=saved.projected[block][stack.tiles])
+    return mlp.swiglu_forward(model.xp, normed.x[stack.tiles], gate_up, down, out=saved.projected[block][stack.tiles])
 
 
 def feed_backward(
-    model: Model, dy: Array, normed: Array, packed: Array, saved: MlpSaved, block: int, stack: Stack,
+    model: Model, dy: Array, normed: Normed, packed: Array, saved: MlpSaved, block: int, stack: Stack,
     dweights: Tree[Array]
 ) -> Array:
     """A stack's gradient of the normed input [p, B, s, h]; its tiles' gradients of the block are added to `dweights`.
@@ -223,29 +257,31 @@ def feed_backward(
     gate_up, down = mlp_views(model.config, packed)  # -> [h, 2*f/G], [f/G, h]
     leaves = model.empty("working", len(stack.slots), packed.size)
     dnormed = mlp.swiglu_backward(
-        model.xp, dy[stack.tiles], normed[stack.tiles], gate_up, down, saved.projected[block][stack.tiles],
+        model.xp, dy[stack.tiles], normed.x[stack.tiles], gate_up, down, saved.projected[block][stack.tiles],
         out=mlp_views(model.config, leaves))
     dweights.add_stack(stack.slots, leaves)
     return dnormed
 
 
-def logits(model: Model, normed: Array, table: Array, targets: Array, block: int, stack: Stack) -> Array:
-    """The triples [p, 3, B·s] of a stack's logits with a block of the head."""
+def logits(model: Model, normed: Normed, table: Array, targets: Array, block: int, stack: Stack) -> Array:
+    """The triples [p, 3, B·s] of a stack's logits with a block of the head, of the rows that are a token's."""
     return loss.logits_forward(
-        model.xp, normed[stack.tiles], table, targets[stack.tiles], block * len(table))
+        model.xp, normed.x[stack.tiles], table[: model.config.tokens_in_block(block)], targets[stack.tiles],
+        block * len(table))
 
 
 def logits_backward(
-    model: Model, normed: Array, table: Array, targets: Array, saved: HeadSaved, block: int, stack: Stack,
+    model: Model, normed: Normed, table: Array, targets: Array, saved: HeadSaved, block: int, stack: Stack,
     dtable: Tree[Array]
 ) -> Array:
-    """A stack's gradient of the normed input [p, B, s, h], of the mean loss; its tiles' gradients of the block are
-    added to `dtable`."""
-    tiles = stack.tiles
+    """A stack's gradient of the normed input [p, B, s, h], of the mean loss; its tiles' gradients of the block, zeros
+    for rows that are no token's, are added to `dtable`."""
+    tiles, rows = stack.tiles, model.config.tokens_in_block(block)
     leaves = model.empty("working", len(stack.slots), *table.shape)  # [p, V/G, h]
+    leaves[:, rows:] = 0.0
     dnormed = loss.logits_backward(
-        model.xp, 1.0 / model.config.num_tokens, normed[tiles], table, targets[tiles], block * len(table),
-        saved.logsumexp[tiles], out=leaves)
+        model.xp, 1.0 / model.config.num_tokens, normed.x[tiles], table[:rows], targets[tiles], block * len(table),
+        saved.logsumexp[tiles], out=leaves[:, :rows])
     dtable.add_stack(stack.slots, leaves)
     return dnormed
 

@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import TypeAlias
 
 from ..arrays import Array, Namespace
-from .rotary import rotary_backward, rotary_forward
 
 STRIP = 128
 """Queries of a strip in the forward, at most: more scores do not fit the cache, fewer make the matrix products slower
@@ -31,46 +30,6 @@ DIAGONAL = 64
 PADDED_BYTES = 128 * 1024
 """Of the scores of several tiles that are padded to be worked on together, at most: where a call costs more than what
 it works on (chosen by measurement)."""
-
-
-def qkv_forward(xp: Namespace, x: Array, wqkv: Array, rotary: Array, out: tuple[Array, Array]) -> None:
-    """Project tiles to the queries, keys and values of one block of heads, turned by their positions.
-
-    x [p, B, s, h], wqkv [h, (H+2K)/G·e], rotary [p, 2, s, e]; into `out` go the queries [p, B, K/G, g·s, e] and the
-    keys and values [p, 2, B, K/G, s, e].
-    """
-    q, keys_values = out
-    count, batch, kv_heads, _, head_dim = q.shape
-    length = x.shape[2]
-    qkv = x.reshape(count, batch * length, -1) @ wqkv  # [p, B*s, h] -> [p, B*s, (H+2*K)/G*e]
-    split = qkv.reshape(count, batch, length, -1, head_dim)  # -> [p, B, s, (H+2*K)/G, e]
-    heads = split.transpose(0, 1, 3, 2, 4)  # -> [p, B, (H+2*K)/G, s, e]
-    queries = heads.shape[2] - 2 * kv_heads
-    by_head = q.reshape(count, batch, queries, length, head_dim)  # [p, B, K/G, g*s, e] -> [p, B, H/G, s, e]
-    rotary_forward(xp, heads[:, :, :queries], rotary, out=by_head)
-    rotary_forward(xp, heads[:, :, queries : queries + kv_heads], rotary, out=keys_values[:, 0])
-    keys_values[:, 1] = heads[:, :, queries + kv_heads :]
-
-
-def qkv_backward(
-    xp: Namespace, dq: Array, dkeys_values: Array, x: Array, wqkv: Array, rotary: Array, out: Array
-) -> Array:
-    """dq [p, B, K/G, g·s, e] and dkeys_values [p, 2, B, K/G, s, e] -> dx [p, B, s, h]; dwqkv is written into `out`
-    [p, h, (H+2K)/G·e]."""
-    count, batch, length, hidden = x.shape
-    head_dim, kv_heads = dq.shape[-1], dkeys_values.shape[3]
-    dqkv = xp.empty((count, batch * length, wqkv.shape[1]), dtype=x.dtype)  # [p, B*s, (H+2*K)/G*e]
-    split = dqkv.reshape(count, batch, length, -1, head_dim)  # -> [p, B, s, (H+2*K)/G, e]
-    dheads = split.transpose(0, 1, 3, 2, 4)  # -> [p, B, (H+2*K)/G, s, e]
-    queries = dheads.shape[2] - 2 * kv_heads
-    by_head = dq.reshape(count, batch, queries, length, head_dim)  # [p, B, K/G, g*s, e] -> [p, B, H/G, s, e]
-    rotary_backward(xp, by_head, rotary, out=dheads[:, :, :queries])
-    rotary_backward(xp, dkeys_values[:, 0], rotary, out=dheads[:, :, queries : queries + kv_heads])
-    dheads[:, :, queries + kv_heads :] = dkeys_values[:, 1]
-    flat = x.reshape(count, batch * length, hidden)  # [p, B, s, h] -> [p, B*s, h]
-    xp.matmul(flat.swapaxes(-1, -2), dqkv, out=out)
-    dx = dqkv @ wqkv.T  # [p, B*s, (H+2*K)/G*e] -> [p, B*s, h]
-    return dx.reshape(x.shape)  # [p, B*s, h] -> [p, B, s, h]
 
 
 def causal_mask(xp: Namespace, length: int, dtype: str) -> Array:

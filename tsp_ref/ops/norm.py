@@ -1,4 +1,7 @@
-"""RMSNorm (arXiv 1910.07467). Inner products of rows are `einsum`s, which make no array of the products."""
+"""RMSNorm (arXiv 1910.07467). Inner products of rows are `einsum`s, which make no array of the products.
+
+A row is a token, of h entries, or one of its heads, of e: then read [p, B, heads·s, e] for [p, B, s, h].
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from ..arrays import Array, Namespace
 
 def inverse_rms(xp: Namespace, x: Array, eps: float) -> Array:
     """The inverse root mean square of each token: x [p, B, s, h] -> [p, B, s, 1], in x's dtype."""
-    squares = xp.einsum("pbsh,pbsh->pbs", x, x)[..., None]  # [p, B, s, h] -> [p, B, s, 1]
+    squares = xp.einsum("pbsh,pbsh->pbs", x, x)[..., None]  # [p, B, ...] -> [p, B, ..., 1]
     return 1.0 / xp.sqrt(squares / x.shape[-1] + eps)
 
 
@@ -27,10 +30,10 @@ def rmsnorm_backward(
     """
     inverse = inverse_rms(xp, x, eps)
     unit = x * inverse
-    dgain = xp.einsum("pbsh,pbsh->ph", dy, unit)  # [p, B, s, h] -> [p, h]
+    dgain = xp.einsum("pbsh,pbsh->ph", dy, unit)  # [p, B, ...] -> [p, ...]
     dx = xp.multiply(dy, gain, out=out)
     # The scale depends on x too: that part of the gradient lies along x, and is what keeps the mean square at one.
-    along = xp.einsum("pbsh,pbsh->pbs", dx, unit)[..., None]  # [p, B, s, h] -> [p, B, s, 1]
+    along = xp.einsum("pbsh,pbsh->pbs", dx, unit)[..., None]  # [p, B, ...] -> [p, B, ..., 1]
     unit *= along / x.shape[-1]
     dx -= unit
     dx *= inverse

@@ -8,13 +8,20 @@ x · [cos, cos] + [x2, x1] · [-sin, sin], in whole rows: halves of a row are sh
 from __future__ import annotations
 
 from ..arrays import Array, Namespace
+from .rope_scaling import RopeScaling, scaled_frequencies
 
 
-def rotary_table(xp: Namespace, first: int, length: int, head_dim: int, theta: float, dtype: str) -> Array:
-    """[cos, cos] and [-sin, sin] of the angles position · theta^(-2i/e), [2, s, e], from position `first` on."""
+def rotary_table(
+    xp: Namespace, first: int, length: int, head_dim: int, theta: float, dtype: str, scaling: RopeScaling | None = None
+) -> Array:
+    """[cos, cos] and [-sin, sin] of the angles position · theta^(-2i/e), [2, s, e], from position `first` on; `scaling`
+    slows down the slow of these frequencies."""
     positions = xp.arange(first, first + length, dtype=dtype)  # [s]
     exponents = xp.arange(0, head_dim, 2, dtype=dtype) / head_dim  # [e/2]
-    angles = positions[:, None] * (theta ** -exponents)[None, :]  # [s, e/2]
+    frequencies = theta ** -exponents
+    if scaling is not None:
+        frequencies = scaled_frequencies(xp, frequencies, scaling)
+    angles = positions[:, None] * frequencies[None, :]  # [s, e/2]
     cos, sin = xp.cos(angles), xp.sin(angles)  # -> [s, e/2], [s, e/2]
     table = xp.empty((2, length, head_dim), dtype=dtype)  # [2, s, e]
     half = head_dim // 2

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from ..arrays import Array
 from ..model.config import Config
 from ..model.model import Model
-from ..model.parameters import Parameters, zero_parameters
+from ..model.parameters import Parameters, bias_view, zero_parameters
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -38,7 +38,7 @@ processors (chosen by measurement)."""
 
 
 class AdamW:
-    """Adam with decoupled weight decay: matrices are decayed, gains are not."""
+    """Adam with decoupled weight decay: matrices are decayed, gains and biases are not."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -48,7 +48,7 @@ class AdamW:
     def update(self, weights: Parameters, gradients: Parameters, step: int, factor: float) -> None:
         """Change the weights in place by one step with `factor` times the gradients, which are left as they are."""
         config = self.model.config
-        everything = [_pieces(part) for part in (weights, gradients, self.first, self.second)]
+        everything = [_pieces(config, part) for part in (weights, gradients, self.first, self.second)]
         for (weight, decay), (gradient, _), (first, _), (second, _) in zip(*everything):
             self._update_piece(weight, gradient, first, second, step, factor, config.weight_decay if decay else 0.0)
 
@@ -75,10 +75,16 @@ class AdamW:
         weight -= change
 
 
-def _pieces(parameters: Parameters) -> Iterator[tuple[Array, bool]]:
+def _pieces(config: Config, parameters: Parameters) -> Iterator[tuple[Array, bool]]:
     """All tensors, and the gains, in pieces that fit the cache, and whether a piece is decayed."""
-    for _, tensor in parameters.tensors():
-        yield from ((piece, True) for piece in _cut(tensor))
+    for name, tensor in parameters.tensors():
+        biases = bias_view(config, tensor) if name.endswith("attention") else None
+        if biases is None:
+            yield from ((piece, True) for piece in _cut(tensor))
+            continue
+        for block, bias in zip(tensor, biases):
+            yield from ((piece, True) for piece in _cut(block[: -bias.size]))
+            yield from ((piece, False) for piece in _cut(bias))
     yield from ((piece, False) for piece in _cut(parameters.gains))
 
 
