@@ -4,12 +4,9 @@ import json
 import re
 from importlib import metadata
 
-import numpy as np
 import pytest
 
 from tsp_ref.cli import main
-from tsp_ref.errors import UserError
-from tsp_ref.process import threads
 
 TINY = ["train", "--preset", "tiny", "--steps", "3", "--text", __file__]
 
@@ -93,12 +90,3 @@ def test_a_request_that_cannot_be_met_is_one_line_and_exit_code_2(arguments, mes
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert message in captured.err
     assert captured.out == ""
-
-
-def test_blas_runs_on_one_thread_and_two_are_refused_where_bits_are_compared():
-    from threadpoolctl import threadpool_limits
-
-    assert np.ones(1).dtype == np.float64  # NumPy is loaded
-    threads.require_one("this test")
-    with threadpool_limits(2, user_api="blas"), pytest.raises(UserError, match="BLAS would use 2 threads"):
-        threads.require_one("this test")
