@@ -38,8 +38,8 @@ def require_one(claim: str) -> None:
     pools = blas_pools()
     if not pools and not (built_with() == UNASKABLE and _chosen(UNASKABLE) == f"{READ_BY[UNASKABLE][0]}=1"):
         raise UserError(f"{claim} compares bits, which several BLAS threads may change, and threadpoolctl finds no "
-                        f"BLAS to ask for its threads (NumPy was built with {built_with()}): pip install -U threadpoolctl, "
-                        "or use a NumPy from PyPI")
+                        f"BLAS to ask for its threads (NumPy was built with {built_with()}): pip install -U "
+                        "threadpoolctl, or use a NumPy from PyPI")
     for pool in pools:
         if pool["num_threads"] > 1:
             chosen = _chosen(pool["internal_api"])
