@@ -28,8 +28,8 @@ from tsp_ref.accounting.phase import OUTSIDE
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather, from_root, gather_texts
+from tsp_ref.comm.launcher import launcher_rank
 from tsp_ref.comm.link import Link
-from tsp_ref.comm.mpi import launcher_rank
 from tsp_ref.errors import AgreedError, UserError
 from tsp_ref.grid.grid import Grid, share
 from tsp_ref.grid.tree import Node, Partial, Tree, add

@@ -388,6 +388,65 @@ def test_ctrl_c_ends_the_job_and_leaves_nothing_running(n, busy, tmp_path):
     assert ranks_alive(mark) == []
 
 
+STARTING = """
+import os, sys, time
+import tsp_ref
+from tsp_ref.comm.mpi import open_world
+open(sys.argv[1] + os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "")), "w").close()
+{wait}
+"""
+IMPORTING = "while True: time.sleep(0.01)"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("some", ["nobody", "some"])
+@pytest.mark.ranks(4)
+def test_ctrl_c_while_modules_load_ends_the_job_without_a_traceback(n, some, tmp_path):
+    """Also where some ranks are in the start of MPI already, which waits for the others."""
+    wait = IMPORTING if some == "nobody" else f"if sys.argv[1:] and os.environ.get('PMI_RANK', '0') < '2': {IMPORTING}"
+    script = tmp_path / f"ctrl_c_early_{os.getpid()}_{some}.py"
+    script.write_text(STARTING.format(wait=f"{wait}\nopen_world()" if some == "some" else wait))
+    job = begin(n, str(script), str(tmp_path / "rank"))
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("rank*"))) < n and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.5)  # until those that can have come to the start of MPI
+        os.killpg(job.pid, signal.SIGINT)
+        job.wait(20)
+    finally:
+        if job.poll() is None:
+            end(job)
+    ended = collect(job)
+    assert ended.code != 0 and "Traceback" not in ended.errors
+    deadline = time.monotonic() + 10
+    while ranks_alive(script.name) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ranks_alive(script.name) == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.ranks(4)
+def test_sigterm_to_one_rank_ends_the_job_with_one_line(n, tmp_path):
+    mark = f"sigterm_{os.getpid()}"
+    log = tmp_path / mark
+    job = begin(n, "-m", "tsp_ref", "train", "--preset", "tiny", *TEXT, "--steps", "100000", "--log", str(log))
+    try:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.stat().st_size > 2000) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ranks = [pid for pid in ranks_alive(mark) if "python" in os.readlink(f"/proc/{pid}/exe")]
+        assert len(ranks) == n
+        os.kill(ranks[1], signal.SIGTERM)
+        job.wait(20)
+    finally:
+        if job.poll() is None:
+            end(job)
+    ended = collect(job)
+    assert ended.code != 0 and "Traceback" not in ended.errors
+    assert ended.errors.count("was told to end (SIGTERM), and ends the job") == 1
+
+
 @pytest.mark.ranks(1, 4)
 def test_help_is_printed_once(n):
     ended = mpirun(n, "-m", "tsp_ref", "train", "--help")

@@ -280,7 +280,7 @@ def test_a_way_by_another_module_is_found() -> None:
 def test_importing_the_package_loads_nothing_but_what_must_come_before_numpy() -> None:
     """Every module is imported after the package itself, so what this imports, all import."""
     found = imports("tsp_ref.__init__", sources()["tsp_ref.__init__"])
-    assert found == ["tsp_ref.process.allocator", "tsp_ref.process.threads"]
+    assert found == ["tsp_ref.comm.launcher", "tsp_ref.process.allocator", "tsp_ref.process.threads"]
 
 
 def test_no_message_and_no_file_is_pickled() -> None:

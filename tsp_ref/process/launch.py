@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from ..comm import mpi
+from ..comm import launcher, mpi
 from ..comm.communicator import Communicator
 from ..comm.virtual import VirtualWorld
 from ..errors import AgreedError, UserError
@@ -25,10 +25,10 @@ def start(
     debug    show the traceback of a `UserError` too
     """
     try:
-        if mpi.launched():
+        if launcher.launched():
             if ranks is not None:
-                raise UserError(f"--ranks {ranks} asks for virtual ranks inside one process, and mpirun has started "
-                                "several processes: use one or the other")
+                raise UserError(f"--ranks {ranks} asks for virtual ranks inside one process, and a launcher "
+                                "has started this one: use one or the other")
             if shuffle is not None:
                 raise UserError(f"--shuffle {shuffle} orders the messages of virtual ranks: use it with --ranks N, "
                                 "not under mpirun")
@@ -40,17 +40,19 @@ def start(
     except UserError as error:
         return refuse(error, debug)
     except KeyboardInterrupt:
+        if launcher.launched():
+            mpi.leave_interrupted()
         print("interrupted", file=sys.stderr)
         return 130
 
 
 def refuse(error: UserError, debug: bool = False) -> int:
     """Print a user's error, which every rank has met, once, on rank 0, and return the exit code 2."""
-    if mpi.launcher_rank() == 0:
+    if launcher.launcher_rank() == 0:
         if debug:
             traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
-    if mpi.launched():
+    if launcher.launched():
         mpi.leave_together()
     return 2
 
