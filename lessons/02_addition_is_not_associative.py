@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from fractions import Fraction
 
+from stage import Lesson, one_by_one, patterns, relative_gap, run
+
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, one_by_one, patterns, relative_gap, run
 from threadpoolctl import threadpool_info
 
 from tsp_ref.arrays import Array

@@ -25,10 +25,11 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 
+from stage import Lesson, one_by_one, patterns, random_weights, run
+
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, one_by_one, patterns, random_weights, run
 
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator

@@ -20,10 +20,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from stage import Lesson, drawn_text, run, sums_in_order_of_arrival
+
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, drawn_text, run, sums_in_order_of_arrival
 
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather

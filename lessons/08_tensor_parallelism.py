@@ -30,9 +30,6 @@ from functools import partial
 from types import ModuleType
 from typing import TypeAlias
 
-import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from stage import (
     Lesson,
     all_reduce_sends,
@@ -47,6 +44,10 @@ from stage import (
     same_bits,
     subtrees,
 )
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator

@@ -27,9 +27,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from fractions import Fraction
 
-import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from stage import (
     Lesson,
     all_reduce_sends,
@@ -44,6 +41,10 @@ from stage import (
     same_bits,
     subtrees,
 )
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator

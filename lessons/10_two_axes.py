@@ -29,9 +29,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeAlias
 
-import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from stage import (
     Lesson,
     all_reduce_sends,
@@ -46,6 +43,10 @@ from stage import (
     run,
     subtrees,
 )
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from tsp_ref.accounting.ledger import Entry
 from tsp_ref.arrays import Array

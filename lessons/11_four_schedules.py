@@ -29,10 +29,11 @@ from functools import lru_cache, partial
 from typing import TypeAlias
 from unittest import mock
 
+from stage import Lesson, Sent, drawn_text, names, run, sent_since, sums_in_order_of_arrival
+
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, Sent, drawn_text, names, run, sent_since, sums_in_order_of_arrival
 
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator

@@ -28,8 +28,9 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import TypeAlias
 
-import numpy as np
 from stage import Lesson, drawn_text, run, sent_since, table_with
+
+import numpy as np
 
 from tsp_ref.accounting.memory import KINDS, MODEL_STATE
 from tsp_ref.comm.communicator import Communicator

@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TypeAlias
 
-import numpy as np
 from stage import Lesson, Sent, drawn_text, random_tiles, run, sent_since, subtrees, table_with
+
+import numpy as np
 
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather

@@ -32,9 +32,10 @@ import random
 from collections import Counter
 from statistics import median
 
+from stage import Lesson, Sent, drawn_text, run, sent_since, table_with
+
 import numpy as np
 from rich.markup import escape
-from stage import Lesson, Sent, drawn_text, run, sent_since, table_with
 
 from tsp_ref.comm.clocks import gather_lanes, recording
 from tsp_ref.comm.communicator import Communicator

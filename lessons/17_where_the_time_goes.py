@@ -36,8 +36,9 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any, TypeAlias
 
-import numpy as np
 from stage import Lesson, drawn_text, run, table_with, until_all_are_through
+
+import numpy as np
 
 from tsp_ref.accounting.work import Work
 from tsp_ref.arrays import Array

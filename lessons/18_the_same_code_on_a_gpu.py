@@ -38,9 +38,10 @@ from enum import IntEnum
 from functools import partial
 from typing import TypeAlias
 
+from stage import Lesson, drawn_text, run, table_with
+
 import numpy as np
 from rich.markup import escape
-from stage import Lesson, drawn_text, run, table_with
 
 from tsp_ref.arrays import Array
 from tsp_ref.backends.gpu import open_backend

@@ -6,6 +6,9 @@ Below them are the few functions that several lessons need.
 
 from __future__ import annotations
 
+import tsp_ref  # noqa: F401  (first: what it sets counts while all else is loaded)
+
+# isort: split
 import argparse
 import sys
 import time
