@@ -38,7 +38,6 @@ from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.request import Request
 from tsp_ref.grid.grid import share
 from tsp_ref.grid.tree import Tree
-from tsp_ref.process import threads
 
 SEED = 2604
 TRIPLES = 10_000
@@ -295,7 +294,7 @@ def show_ranks(lesson: Lesson) -> None:
 
 def main(lesson: Lesson) -> None:
     """The lesson on one rank."""
-    threads.require_one("this lesson")
+    lesson.require_comparable_bits()
     show_three_numbers(lesson)
     show_products(lesson)
     show_orders(lesson)

@@ -44,7 +44,6 @@ from tsp_ref.ops.embedding import embed_forward
 from tsp_ref.ops.loss import logits_forward, merge_triples, token_losses
 from tsp_ref.ops.mlp import swiglu_forward
 from tsp_ref.ops.norm import rmsnorm_forward
-from tsp_ref.process import threads
 from tsp_ref.reference import naive, single
 
 SEED = 2604
@@ -443,7 +442,7 @@ def show_model(setting: Setting) -> None:
 
 def main(lesson: Lesson) -> None:
     """The lesson on one rank."""
-    threads.require_one("this lesson")
+    lesson.require_comparable_bits()
     lesson.require_ranks(CONFIG.max_ranks)
     setting = set_up(lesson)
     show_slots(setting)

@@ -62,7 +62,6 @@ from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, mlp_views, zero_parameters
 from tsp_ref.ops.mlp import sigmoid
 from tsp_ref.ops.norm import rmsnorm_forward
-from tsp_ref.process import threads
 from tsp_ref.reference import naive, single
 from tsp_ref.schedules import tp
 
@@ -483,7 +482,7 @@ def show_holdings(lesson: Lesson, weights: Parameters, layer: Layer, accounts: i
 
 def main(lesson: Lesson) -> None:
     """The lesson, part by part."""
-    threads.require_one("this lesson")
+    lesson.require_comparable_bits()
     lesson.require_ranks(CONFIG.blocks)
     truth, notes = judge(), Notes()
     model = Model(CONFIG, np, *tp.place(lesson.comm))

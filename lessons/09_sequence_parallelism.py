@@ -59,7 +59,6 @@ from tsp_ref.model.parameters import Parameters, attention_views, mlp_views, zer
 from tsp_ref.ops.attention import attend_forward, out_forward, qkv_forward
 from tsp_ref.ops.mlp import swiglu_backward
 from tsp_ref.ops.norm import rmsnorm_forward
-from tsp_ref.process import threads
 from tsp_ref.reference import naive, single
 from tsp_ref.schedules import sp
 from tsp_ref.training.collect import digest
@@ -493,7 +492,7 @@ def check_traffic(lesson: Lesson, grid: Grid, sent: list[int], layer_bytes: int)
 
 def main(lesson: Lesson) -> None:
     """The lesson, part by part."""
-    threads.require_one("this lesson")
+    lesson.require_comparable_bits()
     lesson.require_ranks(MOST_RANKS)
     truth = judge()
     show_owners(lesson)

@@ -39,6 +39,7 @@ from tsp_ref.grid.tree import Node, Partial, Tree, add
 from tsp_ref.model.activations import AttentionSaved, MlpSaved
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, zero_parameters
+from tsp_ref.process import arithmetic, threads
 from tsp_ref.process.launch import refuse, start
 from tsp_ref.process.terminal import console_for
 from tsp_ref.training.data import Text
@@ -76,6 +77,11 @@ class Lesson:
         if self.size > most:
             raise AgreedError(f"ranks={self.size} is not possible: each rank needs a block and a tile of this lesson's "
                             f"model, so use 1 to {most} ranks")
+
+    def require_comparable_bits(self) -> None:
+        """Refuse ranks that would compute other bits of the same thing. Every rank must call it."""
+        threads.require_one("this lesson")
+        arithmetic.require_alike(self.comm, "this lesson")
 
     def part(self, title: str) -> None:
         """Begin a part."""

@@ -1,6 +1,7 @@
 """The commands as people type them, on N real ranks: what they print, what they refuse, and how they end."""
 
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -16,8 +17,8 @@ from cases import single_training
 
 from tsp_ref.comm.control import gather_texts
 from tsp_ref.model.config import make_config
-from tsp_ref.process import jobs
-from tsp_ref.process.jobs import ROOT, TEXT, begin, collect, end, mpirun
+from tsp_ref.process import arithmetic, jobs
+from tsp_ref.process.jobs import ROOT, TEXT, begin, begin_words, collect, end, mpirun
 from tsp_ref.training.collect import digest
 from tsp_ref.training.data import load_text
 
@@ -278,6 +279,30 @@ def test_debug_shows_where_a_refusal_came_from(n):
 def test_blas_threads_of_the_user_s_are_kept_and_bits_are_not_claimed_for_them(n):
     ended = mpirun(n, *TINY, *TEXT, OPENBLAS_NUM_THREADS="2", OMP_NUM_THREADS="1")
     assert ended.code == 2 and "BLAS would use 2 threads (OPENBLAS_NUM_THREADS=2)" in ended.errors
+
+
+def of_two_kinds(*words):
+    """A job of two processes whose BLAS takes them for processors of two kinds."""
+    python = [sys.executable, "-m", "tsp_ref", *words]
+    kinds = [["-n", "1", "env", f"OPENBLAS_CORETYPE={kind}", *python] for kind in ("Nehalem", "Sandybridge")]
+    job = begin_words(jobs.mpiexec(), *kinds[0], ":", *kinds[1])
+    try:
+        job.wait(60)
+    finally:
+        if job.poll() is None:
+            end(job)
+    return collect(job)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or "openblas" not in arithmetic.description()["BLAS"],
+                    reason="needs OpenBLAS on x86-64, which can be told what kernel to choose")
+def test_processes_whose_blas_chose_different_kernels_are_not_compared_bit_by_bit():
+    refused = of_two_kinds("verify", *TEXT)
+    assert refused.code == 2 and refused.errors.count("error: ") == 1
+    assert re.search("error: verify compares bits, and not all ranks compute alike: BLAS: openblas .* for Nehalem on "
+                     "rank 0, openblas .* for Sandybridge on rank 1; bits of products: ", refused.errors)
+    trained = of_two_kinds("train", "--preset", "tiny", "--steps", "1", *TEXT)
+    assert trained.code == 0 and trained.output.count("warning: not all ranks compute alike") == 1
 
 
 ONE_RANK_FAILS = """

@@ -27,7 +27,7 @@ from ..comm.virtual import VirtualWorld
 from ..errors import UserError
 from ..formulas.memory import model_state_bytes
 from ..model.config import Config
-from ..process import threads
+from ..process import arithmetic, threads
 from ..process.terminal import console_for
 from ..training.collect import digest
 from ..training.data import Text, load_text, require_same_text
@@ -82,6 +82,7 @@ def compare(
     console = console_for(comm.rank)
     text, file = agreed(comm, lambda: _prepare(comm, config, text_paths, json_file, backend))
     require_same_text(comm, text)
+    arithmetic.require_alike(comm, "compare")
     plans, refused = _plans(comm, config, plan)
     _greet(console, comm, config, text, plan, plans)
     rows: list[Row] = []

@@ -19,7 +19,7 @@ from ..comm.communicator import Communicator
 from ..comm.control import agreed
 from ..errors import UserError
 from ..model.config import Config
-from ..process import threads
+from ..process import arithmetic, threads
 from ..process.terminal import console_for
 from ..training.collect import digest
 from ..training.data import load_text, require_same_text
@@ -46,6 +46,10 @@ def train(comm: Communicator, options: TrainOptions, backend: Backend = HOST) ->
     training, pictures, log = agreed(comm, lambda: _prepare(comm, options, backend))
     require_same_text(comm, training.text)
     console = console_for(comm.rank)
+    if backend.name == HOST.name and options.digest:
+        arithmetic.require_alike(comm, "--digest")
+    elif backend.name == HOST.name:
+        arithmetic.warn_unless_alike(comm, console)
     _greet(console, training, options)
     with log or contextlib.nullcontext():
         _run_steps(console, training, pictures, log)

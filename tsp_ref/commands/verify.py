@@ -17,7 +17,7 @@ from ..comm.virtual import VirtualWorld
 from ..model.activations import Saved
 from ..model.config import Config
 from ..model.parameters import Parameters, named_views
-from ..process import threads
+from ..process import arithmetic, threads
 from ..process.terminal import console_for
 from ..training.collect import holders, stream, stream_blocks
 from ..training.data import load_text
@@ -91,6 +91,8 @@ def verify(
         return Training(config, comm, plan, load_text(text_paths, config), backend)
 
     run = agreed(comm, prepare)
+    if backend.name == HOST.name:
+        arithmetic.require_alike(comm, "verify")
     # Rank 0 holds a whole second model to compare with; the run itself stays sharded.
     alone = VirtualWorld(1).communicators[0]
     reference = Training(config, alone, Plan("single"), run.text, backend) if comm.rank == 0 else None
