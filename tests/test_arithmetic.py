@@ -36,7 +36,7 @@ def test_it_is_said_which_ranks_differ_in_what(others, said):
 
 def test_what_compares_bits_is_refused_on_ranks_that_compute_differently_and_what_does_not_is_warned(capsys):
     with mock.patch.object(arithmetic, "differences", lambda comm: "NumPy: 2.4.6 on rank 0, 2.0.2 on rank 1"):
-        with pytest.raises(AgreedError, match="^verify compares bits, and not all ranks compute alike: NumPy: "):
+        with pytest.raises(AgreedError, match=r"^verify compares bits, and not all ranks compute alike: NumPy: "):
             arithmetic.require_alike(PROCESSES, "verify")
         arithmetic.warn_unless_alike(PROCESSES, console_for(0))
     assert capsys.readouterr().out.startswith("warning: not all ranks compute alike")

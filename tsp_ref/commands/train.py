@@ -20,6 +20,7 @@ from ..comm.control import agreed
 from ..errors import UserError
 from ..model.config import Config
 from ..process import arithmetic, threads
+from ..process.room import require_room
 from ..process.terminal import console_for
 from ..training.collect import digest
 from ..training.data import load_text, require_same_text
@@ -43,6 +44,8 @@ class TrainOptions:
 
 def train(comm: Communicator, options: TrainOptions, backend: Backend = HOST) -> int:
     """Train, and report on rank 0. Returns the exit code."""
+    if backend.name == HOST.name:
+        require_room(comm, options.config, options.plan)
     training, pictures, log = agreed(comm, lambda: _prepare(comm, options, backend))
     require_same_text(comm, training.text)
     console = console_for(comm.rank)

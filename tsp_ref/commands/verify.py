@@ -18,6 +18,7 @@ from ..model.activations import Saved
 from ..model.config import Config
 from ..model.parameters import Parameters, named_views
 from ..process import arithmetic, threads
+from ..process.room import require_room
 from ..process.terminal import console_for
 from ..training.collect import holders, stream, stream_blocks
 from ..training.data import load_text
@@ -90,6 +91,8 @@ def verify(
         threads.require_one("verify")
         return Training(config, comm, plan, load_text(text_paths, config), backend)
 
+    if backend.name == HOST.name:
+        require_room(comm, config, plan, beside=Plan("single"))
     run = agreed(comm, prepare)
     if backend.name == HOST.name:
         arithmetic.require_alike(comm, "verify")

@@ -39,6 +39,8 @@ def start(
         return max(world.run(lambda comm: _finished(comm, main(comm))))
     except UserError as error:
         return refuse(error, debug)
+    except MemoryError as error:
+        return refuse(_too_large(error), debug)
     except KeyboardInterrupt:
         if launcher.launched():
             mpi.leave_interrupted()
@@ -63,10 +65,18 @@ def _run_real(main: Callable[[Communicator], int]) -> int:
         return _finished(world, main(world))
     except AgreedError:
         raise
+    except MemoryError as error:
+        mpi.fail(world, _too_large(error))
+        raise
     except BaseException as error:
         # One rank alone must not return: the others would wait for its messages for ever.
         mpi.fail(world, error)
         raise
+
+
+def _too_large(error: MemoryError) -> UserError:
+    """Beyond what was counted before (`room.py`), which is a lower bound."""
+    return UserError(f"memory does not suffice ({error or 'no more could be had'}): use smaller sizes, or more ranks")
 
 
 def _finished(comm: Communicator, code: int) -> int:
