@@ -238,13 +238,13 @@ def leave_together() -> None:
         time.sleep(float(launcher.launcher_rank() > 0))
 
 
-CODES = {KeyboardInterrupt: 130, Terminated: 143, UserError: 2}
-"""Exit codes by what ended the job; 1 for anything else."""
+CODES = {KeyboardInterrupt: 130, Terminated: 143}
+"""Exit codes by what ended the job; a `UserError` has its own, and anything else is 1."""
 
 
 def fail(world: MPICommunicator, error: BaseException, trace: TracebackType | None = None) -> None:
     """Say once for the whole node, however many ranks fail at once, what went wrong, and end the job."""
-    code = next((code for kind, code in CODES.items() if isinstance(error, kind)), 1)
+    code = error.code if isinstance(error, UserError) else CODES.get(type(error), 1)
     if not _first_to_fail():
         time.sleep(5)  # the rank that failed first is about to end this one
         world.abort(code)

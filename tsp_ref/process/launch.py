@@ -49,14 +49,14 @@ def start(
 
 
 def refuse(error: UserError, debug: bool = False) -> int:
-    """Print a user's error, which every rank has met, once, on rank 0, and return the exit code 2."""
+    """Print a user's error, which every rank has met, once, on rank 0, and return its exit code."""
     if launcher.launcher_rank() == 0:
         if debug:
             traceback.print_exception(error)
         print(f"error: {error}", file=sys.stderr, flush=True)
     if launcher.launched():
         mpi.leave_together()
-    return 2
+    return error.code
 
 
 def _run_real(main: Callable[[Communicator], int]) -> int:
