@@ -22,11 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+from stage import Lesson, run
+
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
-from stage import Lesson, run
 
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator

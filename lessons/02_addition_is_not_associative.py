@@ -25,10 +25,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from fractions import Fraction
 
+from stage import Lesson, one_by_one, patterns, relative_gap, run
+
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, one_by_one, patterns, relative_gap, run
 from threadpoolctl import threadpool_info
 
 from tsp_ref.arrays import Array
@@ -37,7 +38,6 @@ from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.request import Request
 from tsp_ref.grid.grid import share
 from tsp_ref.grid.tree import Tree
-from tsp_ref.process import threads
 
 SEED = 2604
 TRIPLES = 10_000
@@ -294,7 +294,7 @@ def show_ranks(lesson: Lesson) -> None:
 
 def main(lesson: Lesson) -> None:
     """The lesson on one rank."""
-    threads.require_one("this lesson")
+    lesson.require_comparable_bits()
     show_three_numbers(lesson)
     show_products(lesson)
     show_orders(lesson)

@@ -25,10 +25,11 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 
+from stage import Lesson, one_by_one, patterns, random_weights, run
+
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, one_by_one, patterns, random_weights, run
 
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
@@ -44,7 +45,6 @@ from tsp_ref.ops.loss import logits_forward, merge_triples, token_losses
 from tsp_ref.ops.mlp import swiglu_forward
 from tsp_ref.ops.norm import rmsnorm_forward
 from tsp_ref.ops.projection import qkv_forward
-from tsp_ref.process import threads
 from tsp_ref.reference import naive, single
 
 SEED = 2604
@@ -443,7 +443,7 @@ def show_model(setting: Setting) -> None:
 
 def main(lesson: Lesson) -> None:
     """The lesson on one rank."""
-    threads.require_one("this lesson")
+    lesson.require_comparable_bits()
     lesson.require_ranks(CONFIG.max_ranks)
     setting = set_up(lesson)
     show_slots(setting)

@@ -24,10 +24,11 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from stage import Lesson, random_weights, run
+
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, random_weights, run
 
 from tsp_ref.arrays import Array
 from tsp_ref.comm.control import all_gather

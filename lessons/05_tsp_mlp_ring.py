@@ -24,10 +24,11 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import TypeAlias
 
+from stage import Lesson, in_order_of_text, members, names, random_tiles, recognise, relative_gap, run, same_bits
+
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, in_order_of_text, members, names, random_tiles, recognise, relative_gap, run, same_bits
 
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator

@@ -20,17 +20,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from stage import Lesson, drawn_text, run, sums_in_order_of_arrival
+
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, drawn_text, run, sums_in_order_of_arrival
 
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.model import tilewise
 from tsp_ref.model.config import make_config
-from tsp_ref.process import threads
 from tsp_ref.schedules import all_reduce, gradients, keys_values, tsp
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training
@@ -143,7 +143,7 @@ def ranks_apart(lesson: Lesson, runs: Runs) -> None:
 
 def main(lesson: Lesson) -> None:
     """The lesson, part by part. Rank 0 alone compares whole runs; the other ranks leave that verdict to it."""
-    threads.require_one("this lesson")
+    lesson.require_comparable_bits()
     lesson.require_ranks(CONFIG.max_ranks)
     job, truth = train(lesson.comm, "tsp"), Outcome("", [0.0] * STEPS, b"")
     tree_runs: Runs = {}

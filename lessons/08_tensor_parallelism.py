@@ -30,9 +30,6 @@ from functools import partial
 from types import ModuleType
 from typing import TypeAlias
 
-import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from stage import (
     Lesson,
     all_reduce_sends,
@@ -48,6 +45,10 @@ from stage import (
     subtrees,
 )
 
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
@@ -61,7 +62,6 @@ from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, mlp_views, zero_parameters
 from tsp_ref.ops.mlp import sigmoid
 from tsp_ref.ops.norm import rmsnorm_forward
-from tsp_ref.process import threads
 from tsp_ref.reference import naive, single
 from tsp_ref.schedules import tp
 
@@ -482,7 +482,7 @@ def show_holdings(lesson: Lesson, weights: Parameters, layer: Layer, accounts: i
 
 def main(lesson: Lesson) -> None:
     """The lesson, part by part."""
-    threads.require_one("this lesson")
+    lesson.require_comparable_bits()
     lesson.require_ranks(CONFIG.blocks)
     truth, notes = judge(), Notes()
     model = Model(CONFIG, np, *tp.place(lesson.comm))

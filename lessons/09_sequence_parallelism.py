@@ -27,9 +27,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from fractions import Fraction
 
-import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from stage import (
     Lesson,
     all_reduce_sends,
@@ -45,6 +42,10 @@ from stage import (
     subtrees,
 )
 
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
@@ -59,7 +60,6 @@ from tsp_ref.ops.attention import attend_forward, out_forward
 from tsp_ref.ops.mlp import swiglu_backward
 from tsp_ref.ops.norm import rmsnorm_forward
 from tsp_ref.ops.projection import qkv_forward
-from tsp_ref.process import threads
 from tsp_ref.reference import naive, single
 from tsp_ref.schedules import sp
 from tsp_ref.training.collect import digest
@@ -493,7 +493,7 @@ def check_traffic(lesson: Lesson, grid: Grid, sent: list[int], layer_bytes: int)
 
 def main(lesson: Lesson) -> None:
     """The lesson, part by part."""
-    threads.require_one("this lesson")
+    lesson.require_comparable_bits()
     lesson.require_ranks(MOST_RANKS)
     truth = judge()
     show_owners(lesson)

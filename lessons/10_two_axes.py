@@ -29,9 +29,6 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TypeAlias
 
-import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from stage import (
     Lesson,
     all_reduce_sends,
@@ -47,6 +44,10 @@ from stage import (
     subtrees,
 )
 
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
 from tsp_ref.accounting.ledger import Entry
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
@@ -61,7 +62,6 @@ from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, attention_shapes, mlp_shapes, mlp_views, zero_parameters
 from tsp_ref.model.tilewise import normalise
 from tsp_ref.ops.mlp import swiglu_backward, swiglu_forward
-from tsp_ref.process import threads
 from tsp_ref.reference import single
 from tsp_ref.schedules import tp_sp
 from tsp_ref.training.collect import digest
@@ -519,7 +519,7 @@ def parts_of(step: Step, alone: Step) -> tuple[float, float, float]:
 
 def main(lesson: Lesson) -> None:
     """The lesson, part by part."""
-    threads.require_one("this lesson")
+    lesson.require_comparable_bits()
     lesson.require_ranks(CONFIG.max_ranks)
     comm, truth, sides = lesson.comm, judge(), mesh_sides(None, lesson.size)
     mesh, where = make_mesh(comm, *sides), Position(lesson.rank, *sides)

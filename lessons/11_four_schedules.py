@@ -29,10 +29,11 @@ from functools import lru_cache, partial
 from typing import TypeAlias
 from unittest import mock
 
+from stage import Lesson, Sent, drawn_text, names, run, sent_since, sums_in_order_of_arrival
+
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from stage import Lesson, Sent, drawn_text, names, run, sent_since, sums_in_order_of_arrival
 
 from tsp_ref.arrays import Array
 from tsp_ref.comm.communicator import Communicator
@@ -41,7 +42,6 @@ from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.commands.holdings import short
 from tsp_ref.model import tilewise
 from tsp_ref.model.config import make_config
-from tsp_ref.process import threads
 from tsp_ref.schedules import all_reduce, gradients, keys_values, sp, tp, tp_sp, tsp
 from tsp_ref.schedules.tags import Tag
 from tsp_ref.training.collect import digest, stream_blocks
@@ -319,7 +319,7 @@ def arrival_table(with_tree: Traces, without: Traces, apart: dict[tuple[Plan, in
 
 def main(lesson: Lesson) -> None:
     """The lesson, part by part. Rank 0 alone runs the single process and the virtual ranks."""
-    threads.require_one("this lesson")
+    lesson.require_comparable_bits()
     lesson.require_ranks(CONFIG.max_ranks)
     truth, single = Outcome("", [0.0] * STEPS, {}, 0, 0), Trace("", [], [])
     with_tree: Traces = {}

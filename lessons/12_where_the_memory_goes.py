@@ -28,8 +28,9 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import TypeAlias
 
-import numpy as np
 from stage import Lesson, drawn_text, run, sent_since, table_with
+
+import numpy as np
 
 from tsp_ref.accounting.memory import KINDS, MODEL_STATE
 from tsp_ref.comm.communicator import Communicator
@@ -42,7 +43,6 @@ from tsp_ref.formulas.work import step_flops
 from tsp_ref.model.activations import AttentionSaved, MlpSaved
 from tsp_ref.model.config import Config, make_config
 from tsp_ref.model.model import RECOMPUTE
-from tsp_ref.process import threads
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan, meshes
 
@@ -366,7 +366,7 @@ def show_tracemalloc(lesson: Lesson) -> None:
 
 def main(lesson: Lesson) -> None:
     """The lesson, part by part."""
-    threads.require_one("this lesson")
+    lesson.require_comparable_bits()
     lesson.require_ranks(CONFIG.max_ranks)
     measured = {plan: measure(lesson, plan) for mode in ("none", "full") for plan in plans(lesson.size, mode)}
     show_peaks(lesson, measured)

@@ -24,8 +24,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TypeAlias
 
-import numpy as np
 from stage import Lesson, Sent, drawn_text, random_tiles, run, sent_since, subtrees, table_with
+
+import numpy as np
 
 from tsp_ref.comm.communicator import Communicator
 from tsp_ref.comm.control import all_gather
@@ -36,7 +37,6 @@ from tsp_ref.grid.grid import ALONE, Grid, Place, folded
 from tsp_ref.model.config import Config, make_config
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import initial_parameters
-from tsp_ref.process import threads
 from tsp_ref.process.terminal import console_for
 from tsp_ref.schedules import tp, tsp
 from tsp_ref.training.loop import Training
@@ -402,7 +402,7 @@ def most_pieces(size: int) -> str:
 
 def main(lesson: Lesson) -> None:
     """The lesson, part by part."""
-    threads.require_one("this lesson")
+    lesson.require_comparable_bits()
     lesson.require_ranks(CONFIG.max_ranks)
     if lesson.size == 1:
         return alone(lesson)

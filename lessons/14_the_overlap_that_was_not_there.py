@@ -37,8 +37,9 @@ from functools import partial
 from statistics import median
 from typing import TypeAlias
 
-import numpy as np
 from stage import Lesson, link_that_takes, run, table_with, until_all_are_through
+
+import numpy as np
 
 from tsp_ref.arrays import Array
 from tsp_ref.comm.clocks import recording

@@ -39,9 +39,10 @@ from functools import partial
 from statistics import median
 from typing import TypeAlias
 
+from stage import Lesson, link_that_takes, run, table_with, until_all_are_through
+
 import numpy as np
 from rich.markup import escape
-from stage import Lesson, link_that_takes, run, table_with, until_all_are_through
 
 from tsp_ref.arrays import Array
 from tsp_ref.comm.clocks import gather_lanes, recording

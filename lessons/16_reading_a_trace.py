@@ -30,11 +30,13 @@ import argparse
 import json
 import random
 from collections import Counter
+from numbers import Real
 from statistics import median
+
+from stage import Lesson, Sent, drawn_text, run, sent_since, table_with
 
 import numpy as np
 from rich.markup import escape
-from stage import Lesson, Sent, drawn_text, run, sent_since, table_with
 
 from tsp_ref.comm.clocks import gather_lanes, recording
 from tsp_ref.comm.communicator import Communicator
@@ -137,12 +139,12 @@ def swept(lane: Lane, incoming: list[Pair]) -> float:
     return float(np.sum((cuts[1:] - cuts[:-1])[(in_flight[0] > 0) & (in_flight[1] > 0)]))
 
 
-def same(found: float | None, wanted: float) -> bool:
-    """Equal but for rounding; nothing found is wrong."""
-    return found is not None and abs(found - wanted) <= ROUNDING * max(1.0, abs(wanted))
+def same(found: object, wanted: float) -> bool:
+    """Equal but for rounding; what is no number is wrong."""
+    return isinstance(found, Real) and abs(found - wanted) <= ROUNDING * max(1.0, abs(wanted))
 
 
-def is_longest(found: tuple[float, Message] | None, lane: Lane) -> bool:
+def is_longest(found: object, lane: Lane) -> bool:
     """Whether this is a longest wait for a message; there may be several."""
     waits = {number: span.end - span.begin for number, span in enumerate(lane.spans)
              if span.what == "wait" and span.message != NONE}
@@ -232,11 +234,13 @@ def show_waits(lesson: Lesson, own: Lane, lanes: list[Lane]) -> None:
     lesson.part("Who waits, for what, how long")
     table = table_with("rank", "computes", "waits", "longest, ms", "in", "for", "bytes")
     for lane in lanes:
-        share, longest = waited_share(lane), longest_wait(lane)
-        cells = [] if longest is None else [
-            f"{1e3 * longest[0]:.1f}", f"{longest[1].sublayer} {longest[1].direction}", name_of(longest[1]),
-            f"{longest[1].size:,}"]
-        table.add_row(str(lane.rank), f"{lane.share('compute'):.0%}", "" if share is None else f"{share:.0%}", *cells)
+        share, cells = waited_share(lane), []
+        match longest_wait(lane):
+            case float(seconds), Message() as message:
+                cells = [f"{1e3 * seconds:.1f}", f"{message.sublayer} {message.direction}", name_of(message),
+                         f"{message.size:,}"]
+        table.add_row(str(lane.rank), f"{lane.share('compute'):.0%}", f"{share:.0%}" if isinstance(share, Real) else "",
+                      *cells)
     lesson.say(table)
     lesson.check("waited_share is the project's own figure, on every rank", same(waited_share(own), own.share("wait")))
     lesson.check("longest_wait: none is longer, on any rank", is_longest(longest_wait(own), own))
@@ -284,13 +288,13 @@ def show_speed(lesson: Lesson, lanes: list[Lane], found: list[Pair]) -> None:
     for tag in dict.fromkeys(pair.sent.tag for pair in found):
         some = [pair for pair in found if pair.sent.tag == tag]
         took = [end - begin for begin, end in map(on_its_way, some)]
-        speeds = [speed for speed in map(bandwidth, some) if speed is not None]
+        speeds = [speed for speed in map(bandwidth, some) if isinstance(speed, Real)]
         table.add_row(tag, f"{len(some):,}", f"{median(pair.sent.size for pair in some):,.0f}",
                       f"{1e3 * median(took):.2f}", f"{median(speeds) / 1e6:.2f}" if speeds else "")
     lesson.say(table)
     slack = 2 * max((lane.clock_error for lane in lanes), default=0.0)
     lesson.check(f"none was faster than the link, {LINK.bandwidth / 1e6:.0f} MB/s, but for what clocks may be wrong by",
-                 all((speed := bandwidth(pair)) is not None
+                 all(isinstance(speed := bandwidth(pair), Real) and speed > 0
                      and pair.sent.size <= LINK.bandwidth * (pair.sent.size / speed + slack) for pair in found))
     lesson.check("no message arrived before it was sent",
                  all(pair.sent.begin <= pair.received.end + slack for pair in found))
@@ -307,7 +311,7 @@ def show_hidden(lesson: Lesson, lanes: list[Lane], found: list[Pair]) -> None:
         hidden, whole = hidden_seconds(lane, incoming), swept(everything, incoming)
         right = right and same(hidden, swept(lane, incoming))
         table.add_row(str(lane.rank), f"{1e3 * whole:.1f}",
-                      *(("", "") if hidden is None else (f"{1e3 * hidden:.1f}", f"{hidden / whole:.0%}")))
+                      *((f"{1e3 * hidden:.1f}", f"{hidden / whole:.0%}") if isinstance(hidden, Real) else ("", "")))
     lesson.say(table)
     lesson.say("Where something comes while the rank waits, a faster link would help, or looking more often;\n"
                "where it waits and nothing comes, the other rank is late.")

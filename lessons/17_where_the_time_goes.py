@@ -36,8 +36,9 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import Any, TypeAlias
 
-import numpy as np
 from stage import Lesson, drawn_text, run, table_with, until_all_are_through
+
+import numpy as np
 
 from tsp_ref.accounting.work import Work
 from tsp_ref.arrays import Array
@@ -48,7 +49,6 @@ from tsp_ref.commands.holdings import short
 from tsp_ref.formulas.memory import itemsize
 from tsp_ref.formulas.work import step_flops
 from tsp_ref.model.config import make_config
-from tsp_ref.process import threads
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 
@@ -405,7 +405,7 @@ def show_kinds(lesson: Lesson, products: Products, machine: Roofline) -> None:
 
 def main(lesson: Lesson) -> None:
     """The lesson, part by part."""
-    threads.require_one("this lesson")
+    lesson.require_comparable_bits()
     lesson.require_ranks(CONFIG.max_ranks)
     show_judged(lesson)
     machine = show_machine(lesson)

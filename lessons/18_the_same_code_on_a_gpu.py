@@ -38,9 +38,10 @@ from enum import IntEnum
 from functools import partial
 from typing import TypeAlias
 
+from stage import Lesson, drawn_text, run, table_with
+
 import numpy as np
 from rich.markup import escape
-from stage import Lesson, drawn_text, run, table_with
 
 from tsp_ref.arrays import Array
 from tsp_ref.backends.gpu import open_backend
@@ -51,7 +52,6 @@ from tsp_ref.comm.request import Request
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.errors import UserError
 from tsp_ref.model.config import make_config
-from tsp_ref.process import threads
 from tsp_ref.process.terminal import console_for
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training
@@ -465,7 +465,7 @@ def show_training(lesson: Lesson, backend: Backend) -> None:
 
 def main(lesson: Lesson) -> None:
     """The lesson, part by part."""
-    threads.require_one("this lesson")
+    lesson.require_comparable_bits()
     lesson.require_ranks(CONFIG.max_ranks)
     show_race(lesson)
     possible = show_cure(lesson)

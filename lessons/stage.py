@@ -6,18 +6,22 @@ Below them are the few functions that several lessons need.
 
 from __future__ import annotations
 
+import tsp_ref  # noqa: F401  (first: what it sets counts while all else is loaded)
+
+# isort: split
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, TypeAlias
 from unittest import mock
 
 import numpy as np
+from answer import PATIENCE, Answer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -36,6 +40,7 @@ from tsp_ref.grid.tree import Node, Partial, Tree, add
 from tsp_ref.model.activations import AttentionSaved, MlpSaved
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, zero_parameters
+from tsp_ref.process import arithmetic, threads
 from tsp_ref.process.launch import refuse, start
 from tsp_ref.process.output import careful_output
 from tsp_ref.process.terminal import console_for
@@ -58,6 +63,7 @@ class Lesson:
     console: Console
     options: argparse.Namespace = field(default_factory=argparse.Namespace)
     failures: list[str] = field(default_factory=list)
+    spoken: Callable[[], None] = lambda: None  # called whenever the lesson says something
 
     @property
     def rank(self) -> int:
@@ -75,12 +81,18 @@ class Lesson:
             raise AgreedError(f"ranks={self.size} is not possible: each rank needs a block and a tile of this lesson's "
                             f"model, so use 1 to {most} ranks")
 
+    def require_comparable_bits(self) -> None:
+        """Refuse ranks that would compute other bits of the same thing. Every rank must call it."""
+        threads.require_one("this lesson")
+        arithmetic.require_alike(self.comm, "this lesson")
+
     def part(self, title: str) -> None:
         """Begin a part."""
         self.console.print(Rule(title, align="left", style="cyan"))
 
     def say(self, text: RenderableType = "") -> None:
         """Tell the reader something, once."""
+        self.spoken()
         self.console.print(text, highlight=False)
 
     def say_from_all(self, text: str) -> None:
@@ -90,6 +102,7 @@ class Lesson:
 
     def check(self, statement: str, holds: bool) -> None:
         """A statement that must hold on every rank. Every rank must call it; a failure makes the lesson exit with 1."""
+        self.spoken()
         verdicts = [bool(row[0]) for row in all_gather(self.comm, np.array([holds], dtype=np.int64))]
         if all(verdicts):
             self.say(f"  [green]holds[/]  {escape(statement)}")
@@ -121,46 +134,46 @@ def run(
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, metavar="N", help="N virtual ranks in this process instead of mpirun")
     parser.add_argument("--shuffle", type=int, metavar="SEED", help="with --ranks: a random order of messages")
+    parser.set_defaults(answer=None, limit=PATIENCE)
     if holes:
         parser.add_argument("--answer", metavar="FILE", help="a file with your own " + " or ".join(
             hole.__name__ for hole in holes) + ", which takes the place of the lesson's")
+        parser.add_argument("--limit", type=float, metavar="SECONDS",
+                            help=f"how long to wait for an answer that does not end ({PATIENCE:g})")
     more(parser)
     try:
         options = parser.parse_args()
-        if holes and options.answer is not None:
-            fill(holes, options.answer)
+        if not 0 < options.limit < math.inf:
+            raise UserError(f"--limit {options.limit:g} is not valid: use a number of seconds above 0")
+        with nullcontext() if options.answer is None else Answer(options.answer, options.limit) as answer:
+            if answer is not None:
+                answer.fill(holes)
+            sys.exit(start(lambda comm: teach(description, main, options, answer, comm), options.ranks,
+                           options.shuffle))
     except UserError as error:
         sys.exit(refuse(error))
 
-    def teach(comm: Communicator) -> int:
-        lesson = Lesson(comm, console_for(comm.rank), options)
-        ranks = f"{comm.size} rank{'s' * (comm.size > 1)}"
-        lesson.say(f"[bold]{description.strip().splitlines()[0]}[/]  ({ranks})")
-        main(lesson)
-        return lesson.end()
 
-    sys.exit(start(teach, options.ranks, options.shuffle))
-
-
-def fill(holes: Sequence[FunctionType], path: str) -> None:
-    """Put the functions of a reader's file in the place of the lesson's of the same names.
-
-    The file is run with all that the lesson has imported and defined: it needs no import to use that. A `UserError` if
-    it cannot be read or run, or has none of the functions.
-    """
-    lesson = holes[0].__globals__
-    names_of_holes = [hole.__name__ for hole in holes]
-    written = {name: value for name, value in lesson.items() if name not in names_of_holes}
+def teach(
+    description: str, main: Callable[[Lesson], None], options: argparse.Namespace, answer: Answer | None,
+    comm: Communicator
+) -> int:
+    """Give a lesson on one rank; the exit code. What goes wrong by an answer's fault is an `AnswerError`."""
+    lesson = Lesson(comm, console_for(comm.rank), options)
+    if answer is not None:
+        answer.comm, lesson.spoken = comm, answer.is_alive
+    ranks = f"{comm.size} rank{'s' * (comm.size > 1)}"
+    lesson.say(f"[bold]{description.strip().splitlines()[0]}[/]  ({ranks})")
     try:
-        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec", dont_inherit=True), written)
-    except OSError as error:
-        raise UserError(f"--answer {path} cannot be read: {error.strerror}") from None
-    except Exception as error:
-        raise UserError(f"--answer {path} cannot be run: {type(error).__name__}: {error}") from None
-    found = [name for name in names_of_holes if callable(written.get(name))]
-    if not found:
-        raise UserError(f"--answer {path} has no function {' or '.join(names_of_holes)}: write one there")
-    lesson |= {name: written[name] for name in found}
+        main(lesson)
+        code = lesson.end()
+        if answer is not None:
+            comm.finish()  # here, where it is known whose message is left
+    except BaseException as error:
+        if answer is None:
+            raise
+        answer.blame(error)
+    return code
 
 
 def relative_gap(found: Array, wanted: Array) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import signal
 import sys
 import tempfile
 import threading
@@ -36,6 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ranks(*sizes): the numbers of ranks that an MPI test runs at")
     config.addinivalue_line("markers", "beside: runs in a process beside pytest's, without MPI; takes no fixtures")
     config.stash[JOBS] = Jobs()
+    # As at Ctrl-C: pytest ends in good order, and with it the jobs that it has begun.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

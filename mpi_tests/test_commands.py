@@ -1,6 +1,7 @@
 """The commands as people type them, on N real ranks: what they print, what they refuse, and how they end."""
 
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from cases import single_training
 
 from tsp_ref.comm.control import gather_texts
 from tsp_ref.model.config import make_config
-from tsp_ref.process import jobs
+from tsp_ref.process import arithmetic, jobs
 from tsp_ref.process.jobs import ROOT, TEXT, begin, begin_words, collect, end, mpiexec, mpirun
 from tsp_ref.training.collect import digest
 from tsp_ref.training.data import load_text
@@ -286,7 +287,7 @@ def test_ranks_that_are_given_other_texts_are_told_so_and_not_compared(n, tmp_pa
 FULL_ON_RANK_0 = """
 import contextlib, os, sys
 from tsp_ref.cli import main
-from tsp_ref.comm.mpi import launcher_rank
+from tsp_ref.comm.launcher import launcher_rank
 
 with contextlib.ExitStack() as stack:
     if launcher_rank() == 0:
@@ -327,8 +328,32 @@ def test_debug_shows_where_a_refusal_came_from(n):
 
 @pytest.mark.ranks(3)
 def test_blas_threads_of_the_user_s_are_kept_and_bits_are_not_claimed_for_them(n):
-    ended = mpirun(n, *TINY, *TEXT, OPENBLAS_NUM_THREADS="2", OMP_NUM_THREADS="2")
-    assert ended.code == 2 and "BLAS would use 2 threads (OPENBLAS_NUM_THREADS=2, " in ended.errors
+    ended = mpirun(n, *TINY, *TEXT, OPENBLAS_NUM_THREADS="2", OMP_NUM_THREADS="1")
+    assert ended.code == 2 and "BLAS would use 2 threads (OPENBLAS_NUM_THREADS=2)" in ended.errors
+
+
+def of_two_kinds(*words):
+    """A job of two processes whose BLAS takes them for processors of two kinds."""
+    python = [sys.executable, "-m", "tsp_ref", *words]
+    kinds = [["-n", "1", "env", f"OPENBLAS_CORETYPE={kind}", *python] for kind in ("Nehalem", "Sandybridge")]
+    job = begin_words(jobs.mpiexec(), *kinds[0], ":", *kinds[1])
+    try:
+        job.wait(60)
+    finally:
+        if job.poll() is None:
+            end(job)
+    return collect(job)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or "openblas" not in arithmetic.description()["BLAS"],
+                    reason="needs OpenBLAS on x86-64, which can be told what kernel to choose")
+def test_processes_whose_blas_chose_different_kernels_are_not_compared_bit_by_bit():
+    refused = of_two_kinds("verify", *TEXT)
+    assert refused.code == 2 and refused.errors.count("error: ") == 1
+    assert re.search("error: verify compares bits, and not all ranks compute alike: BLAS: openblas .* for Nehalem on "
+                     "rank 0, openblas .* for Sandybridge on rank 1; bits of products: ", refused.errors)
+    trained = of_two_kinds("train", "--preset", "tiny", "--steps", "1", *TEXT)
+    assert trained.code == 0 and trained.output.count("warning: not all ranks compute alike") == 1
 
 
 ONE_RANK_FAILS = """
@@ -437,6 +462,65 @@ def test_ctrl_c_ends_the_job_and_leaves_nothing_running(n, busy, tmp_path):
     while ranks_alive(mark) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert ranks_alive(mark) == []
+
+
+STARTING = """
+import os, sys, time
+import tsp_ref
+from tsp_ref.comm.mpi import open_world
+open(sys.argv[1] + os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "")), "w").close()
+{wait}
+"""
+IMPORTING = "while True: time.sleep(0.01)"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("some", ["nobody", "some"])
+@pytest.mark.ranks(4)
+def test_ctrl_c_while_modules_load_ends_the_job_without_a_traceback(n, some, tmp_path):
+    """Also where some ranks are in the start of MPI already, which waits for the others."""
+    wait = IMPORTING if some == "nobody" else f"if sys.argv[1:] and os.environ.get('PMI_RANK', '0') < '2': {IMPORTING}"
+    script = tmp_path / f"ctrl_c_early_{os.getpid()}_{some}.py"
+    script.write_text(STARTING.format(wait=f"{wait}\nopen_world()" if some == "some" else wait))
+    job = begin(n, str(script), str(tmp_path / "rank"))
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("rank*"))) < n and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.5)  # until those that can have come to the start of MPI
+        os.killpg(job.pid, signal.SIGINT)
+        job.wait(20)
+    finally:
+        if job.poll() is None:
+            end(job)
+    ended = collect(job)
+    assert ended.code != 0 and "Traceback" not in ended.errors
+    deadline = time.monotonic() + 10
+    while ranks_alive(script.name) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ranks_alive(script.name) == []
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.ranks(4)
+def test_sigterm_to_one_rank_ends_the_job_with_one_line(n, tmp_path):
+    mark = f"sigterm_{os.getpid()}"
+    log = tmp_path / mark
+    job = begin(n, "-m", "tsp_ref", "train", "--preset", "tiny", *TEXT, "--steps", "100000", "--log", str(log))
+    try:
+        deadline = time.monotonic() + 60
+        while not (log.exists() and log.stat().st_size > 2000) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ranks = [pid for pid in ranks_alive(mark) if "python" in os.readlink(f"/proc/{pid}/exe")]
+        assert len(ranks) == n
+        os.kill(ranks[1], signal.SIGTERM)
+        job.wait(20)
+    finally:
+        if job.poll() is None:
+            end(job)
+    ended = collect(job)
+    assert ended.code != 0 and "Traceback" not in ended.errors
+    assert ended.errors.count("was told to end (SIGTERM), and ends the job") == 1
 
 
 @pytest.mark.ranks(1, 4)

@@ -1,6 +1,8 @@
 """The jobs that run MPI tests: a test that fails is blamed, on whatever ranks it fails, the others run, and all end."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -8,6 +10,9 @@ from pathlib import Path
 import conftest
 import numpy as np
 import pytest
+
+from tsp_ref.process import jobs
+from tsp_ref.process.jobs import ROOT
 
 
 def passing(comm):
@@ -76,17 +81,46 @@ def is_running(process):
 
 @pytest.mark.ranks(2)
 def test_a_job_ends_when_pytest_stops_before_it(n, tmp_path):
-    jobs = conftest.Jobs()
-    jobs.tests = {n: job_of(waiting_for_ever, folder=str(tmp_path)), 4: job_of(passing)}
-    jobs.begin()
+    begun = conftest.Jobs()
+    begun.tests = {n: job_of(waiting_for_ever, folder=str(tmp_path)), 4: job_of(passing)}
+    begun.begin()
     try:
         while len(list(tmp_path.iterdir())) < n:
-            assert not jobs.results[n].done(), jobs.results[n].result()
+            assert not begun.results[n].done(), begun.results[n].result()
             time.sleep(0.05)
     finally:
-        jobs.end()
-    assert "no end after" not in jobs.results[n].result()[0]
+        begun.end()
+    assert "no end after" not in begun.results[n].result()[0]
     deadline = time.monotonic() + 10  # a launcher may be gone before the last of its ranks
     while left := [process.name for process in tmp_path.iterdir() if is_running(int(process.name))]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("request_", ["comm", "n"])
+def test_pytest_ended_by_sigterm_leaves_no_ranks_behind(request_, tmp_path):
+    """Whether they run the tests of one N, or were started by one test."""
+    running, script = tmp_path / "running", tmp_path / "test_for_ever.py"
+    running.mkdir()
+    waiting = f"import test_jobs, tsp_ref.comm.mpi as m; test_jobs.waiting_for_ever(m.open_world(), {str(running)!r})"
+    body = {"comm": f"test_jobs.waiting_for_ever(comm, {str(running)!r})",
+            "n": f"mpirun(n, '-c', {waiting!r}, PYTHONPATH={str(Path(__file__).parent)!r} + ':' + {str(ROOT)!r})"}
+    script.write_text("import pytest\nimport test_jobs\nfrom tsp_ref.process.jobs import mpirun\n\n\n"
+                      f"@pytest.mark.ranks(2)\ndef test_for_ever({request_}):\n    {body[request_]}\n")
+    words = ["-m", "pytest", "-p", "conftest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(script)]
+    path = os.pathsep.join([str(Path(__file__).parent), str(ROOT), str(tmp_path)])
+    run = subprocess.Popen([sys.executable, *words], cwd=tmp_path, stdout=subprocess.DEVNULL,
+                           env=jobs.environment(PYTHONPATH=path, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"))
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(running.iterdir())) < 2:
+            assert run.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        run.terminate()
+        run.wait(30)
+    finally:
+        run.kill()
+    deadline = time.monotonic() + 10
+    while left := [process.name for process in running.iterdir() if is_running(int(process.name))]:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import within
-from answers import GPU, OVERLAP, RIGHT, RING, TRACE, WRONG
+from answers import GPU, OVERLAP, RIGHT, RING, TRACE, WRONG, Answer
 from lanes import read_trace
 from strict import StrictCupy
 
@@ -161,7 +161,6 @@ def test_so_it_does_on_virtual_ranks(name, ranks):
     (None, "cannot be read: No such file or directory"),
     ("def overlaped(): ...", "has no function overlapped: write one there"),
     ("def overlapped(:", "cannot be run: SyntaxError: invalid syntax"),
-    ("1 / 0", "cannot be run: ZeroDivisionError: division by zero"),
 ])
 @pytest.mark.ranks(2)
 def test_a_file_without_an_answer_is_refused_once(n, text, error, tmp_path):
@@ -171,6 +170,86 @@ def test_a_file_without_an_answer_is_refused_once(n, text, error, tmp_path):
     ended = mpirun(n, path_of(RING), "--answer", str(file))
     assert ended.code == 2 and ended.output == ""
     assert ended.errors.count(f"error: --answer {file} {error}") == 1
+
+
+FAULTY = {
+    "raises": (TRACE, "def waited_share(lane):\n    return 1 / 0", "line 2, in waited_share: ZeroDivisionError: "),
+    "raises deep inside": (
+        TRACE, "def f():\n    return {}[3]\ndef bandwidth(pair):\n    return f()", "line 2, in f: KeyError: 3"),
+    "leaves": (TRACE, "import sys\ndef waited_share(lane):\n    sys.exit(0)", "line 3, in waited_share: SystemExit"),
+    "asks": (TRACE, "def waited_share(lane):\n    return float(input())", "line 2, in waited_share: EOFError"),
+    "of a wrong length": (OVERLAP, "\ndef by_turns(runs, repeats, seconds_of):\n    return [1.0]",
+                          "line 2, by_turns, which returned a value of type list and length 1: after it the lesson "
+                          "cannot go on: ValueError: not enough values"),
+    "of a wrong type": (OVERLAP, "def by_turns(runs, repeats, seconds_of):\n    return 3",
+                        "line 1, by_turns, which returned a value of type int: after it the lesson cannot go on: "),
+    "fails when loaded": (RING, "x = 1\ny = 1 / 0", "line 2: ZeroDivisionError: division by zero"),
+    "leaves when loaded": (RING, "import sys\nsys.exit(0)", "line 2: SystemExit: 0"),
+    "asks when loaded": (RING, "input()", "line 1: EOFError"),
+}
+
+
+@pytest.mark.beside
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("name", FAULTY)
+def test_an_answer_that_goes_wrong_is_one_line_with_its_file_and_line(name, ranks):
+    lesson, text, said = FAULTY[name]
+    with tempfile.TemporaryDirectory() as folder:
+        ended = within.script(*written(Answer(lesson, text), folder), "--ranks", str(ranks))
+        assert ended.code == 1 and ended.errors.startswith(f"error: --answer {folder}/answer.py, {said}"), ended.errors
+    assert ended.errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["raises", "leaves", "leaves when loaded"])
+@pytest.mark.ranks(2)
+def test_on_real_ranks_it_is_one_line_of_all_of_them(n, name, tmp_path):
+    lesson, text, said = FAULTY[name]
+    ended = mpirun(n, *written(Answer(lesson, text), tmp_path))
+    assert ended.code == 1 and "Traceback" not in ended.errors
+    assert ended.errors.count("error: ") == ended.errors.count(f"--answer {tmp_path}/answer.py, {said}") == 1
+
+
+ENDLESS = {
+    "in the lesson": ("def overlapped(comm, own, spare, multiply):\n    while True: own + 1",
+                      "line 2, in overlapped: no end"),
+    "when loaded": ("while True: pass", "line 1: no end"),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.ranks(2)
+def test_an_answer_that_never_ends_is_ended_when_its_time_is_over(n, name, tmp_path):
+    text, said = ENDLESS[name]
+    ended = mpirun(n, *written(Answer(RING, text), tmp_path), "--limit", "2")
+    assert ended.code == 1 and "Traceback" not in ended.errors
+    assert ended.errors.count("error: ") == ended.errors.count(f"{said} after 2 s (--limit sets how many seconds") == 1
+
+
+def test_so_it_is_on_virtual_ranks_of_which_the_one_is_named_that_has_its_turn(tmp_path):
+    text = ("def send(comm, staged, pinned, dest):\n    pass\n"
+            "def stage_in(comm, stream, message, pinned, array):\n    import time\n    time.sleep(1e9)")
+    ended = subprocess.run([sys.executable, *written(Answer(GPU, text), tmp_path), "--ranks", "2", "--limit", "2"],
+                           cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert f"error: --answer {tmp_path}/answer.py, line 5, in stage_in: no end after 2 s" in ended.stderr
+
+
+@pytest.mark.ranks(4)
+def test_a_lesson_s_wrong_option_is_refused_once(n):
+    ended = mpirun(n, path_of(LESSONS[0]), "--bogus")
+    lines = [line for line in ended.errors.splitlines() if "usage" in line or "error: " in line]
+    assert ended.code == 2 and lines == ["error: unrecognized arguments: --bogus; see 01_ranks_and_messages.py --help"]
+
+
+@pytest.mark.beside
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("hole", ["waited_share(lane)", "longest_wait(lane)", "bandwidth(pair)",
+                                  "hidden_seconds(lane, some)"])
+@pytest.mark.parametrize("value", ["0", "'a'"])
+def test_lesson_16_says_that_an_answer_which_returns_something_else_fails_and_goes_on(hole, value, ranks):
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Answer(TRACE, f"def {hole}: return {value}")
+        check_failed(within.script(*written(answer, folder), "--ranks", str(ranks)), (hole.partition("(")[0],))
 
 
 @pytest.mark.ranks(1, 2)

@@ -7,15 +7,11 @@ import platform
 import re
 from importlib import metadata
 
-import numpy as np
 import pytest
 
 import tsp_ref
 from tsp_ref.cli import main
-from tsp_ref.comm import mpi
-from tsp_ref.errors import UserError
 from tsp_ref.model.config import make_config
-from tsp_ref.process import threads
 from tsp_ref.training.data import Text
 
 TINY = ["train", "--preset", "tiny", "--steps", "3", "--text", __file__]
@@ -195,12 +191,3 @@ def test_a_request_that_cannot_be_met_is_one_line_and_exit_code_2(arguments, mes
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert message in captured.err
     assert captured.out == ""
-
-
-def test_blas_runs_on_one_thread_and_two_are_refused_where_bits_are_compared():
-    from threadpoolctl import threadpool_limits
-
-    assert np.ones(1).dtype == np.float64  # NumPy is loaded
-    threads.require_one("this test")
-    with threadpool_limits(2, user_api="blas"), pytest.raises(UserError, match="BLAS would use 2 threads"):
-        threads.require_one("this test")

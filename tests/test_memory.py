@@ -1,6 +1,7 @@
 """What a rank holds: counted where arrays are made, and no more than its share between layers."""
 
 import gc
+import sys
 import tracemalloc
 from collections import deque
 
@@ -38,6 +39,27 @@ def test_an_array_counts_from_its_birth_to_its_death():
     assert memory.model_state_peak == memory.total_peak == 600
     del second, third
     assert sum(memory.held.values()) == memory.total == 0
+
+
+def test_no_function_of_python_s_runs_when_an_array_is_freed_where_a_ctrl_c_would_be_lost():
+    memory, ran = Memory(), []
+    array = memory.track("working", np.zeros(10))
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, _: ran.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        del array
+    finally:
+        sys.setprofile(before)
+    assert ran == [] and memory.total == 0
+
+
+def test_a_freed_array_whose_place_a_new_one_takes_is_not_confused_with_it():
+    memory = Memory()
+    for size in range(1, 200):
+        array = memory.track("working", np.zeros(size, dtype=np.uint8))
+        assert memory.held["working"] == array.nbytes
+        del array  # the next one may have its id
+    assert memory.total == 0 and memory.total_peak == 199
 
 
 def test_what_is_counted_is_the_memory_once_however_many_views_there_are():

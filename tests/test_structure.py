@@ -280,7 +280,16 @@ def test_a_way_by_another_module_is_found() -> None:
 def test_importing_the_package_loads_nothing_but_what_must_come_before_numpy() -> None:
     """Every module is imported after the package itself, so what this imports, all import."""
     found = imports("tsp_ref.__init__", sources()["tsp_ref.__init__"])
-    assert found == ["tsp_ref.process.allocator", "tsp_ref.process.threads"]
+    assert found == ["tsp_ref.comm.launcher", "tsp_ref.process.allocator", "tsp_ref.process.threads"]
+
+
+@pytest.mark.parametrize("lesson", sorted(path.name for path in (ROOT.parent / "lessons").glob("*.py")))
+def test_a_lesson_comes_to_the_package_before_numpy_is_loaded(lesson: str) -> None:
+    """So that Ctrl-C and the threads of BLAS are what the package has set."""
+    found = imports("lesson", (ROOT.parent / "lessons" / lesson).read_text())
+    heavy = [place for place, name in enumerate(found) if within(name, "numpy", "rich")]
+    ours = [place for place, name in enumerate(found) if within(name, "tsp_ref", "stage")]
+    assert min(ours) < min(heavy, default=len(found))
 
 
 def test_no_message_and_no_file_is_pickled() -> None:

@@ -37,7 +37,12 @@ Where to read, top to bottom: `config` (what a model is), `grid` (who owns what)
 and for GPUs `backend` (which array library computes) and `comm.staging` (how its arrays travel).
 """
 
-from .process import allocator, threads
+from .comm import launcher
+
+# Before anything takes long.
+launcher.leave_at_ctrl_c()
+
+from .process import allocator, threads  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from .backends.gpu import BACKENDS, Backend, open_backend
 from .comm.communicator import PROGRESS, Communicator
 from .comm.control import agreed
+from .comm.launcher import launched, launcher_rank
 from .comm.link import parse_link
-from .comm.mpi import launched, launcher_rank
 from .commands.compare import compare
 from .commands.messages import DIRECTIONS, HELP, PARTS, Choice, MessagesOptions, messages, small_grid
 from .commands.overlap import MODEL, RATIO, REPEATS, ROUNDS, OverlapOptions, overlap

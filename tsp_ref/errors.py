@@ -4,8 +4,10 @@
 class UserError(Exception):
     """A request that cannot be met: one line that names the field, the value and what would be valid.
 
-    The command line prints it once, on rank 0, and every rank exits with code 2.
+    The command line prints it once, on rank 0, and every rank exits with its code.
     """
+
+    code = 2
 
 
 class AgreedError(UserError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from typing import Any
 
 from ..arrays import Array
@@ -10,6 +11,15 @@ from .phase import OUTSIDE, Phase
 
 MODEL_STATE = ("weights", "gradients", "optimizer")
 KINDS = (*MODEL_STATE, "activations", "working", "buffers")
+
+
+class _Owner(weakref.ref[Any]):
+    """An array that owns memory, which may be gone: its id, its bytes, and the kind that it is counted under."""
+
+    __slots__ = ("kind", "number", "size")
+    number: int
+    size: int
+    kind: str
 
 
 class Memory:
@@ -26,15 +36,31 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self.held = dict.fromkeys(KINDS, 0)
         self.peak = dict.fromkeys(KINDS, 0)
         self.model_state_peak = 0
-        self.total = 0
         self.total_peak = 0
         self.peaks: dict[Phase, dict[str, int]] = {}  # what was held, by kind, when a phase held most
         self._phase = OUTSIDE
         self._phase_peak = 0
-        self._alive: dict[int, tuple[weakref.ref[Any], str]] = {}  # by the id of the array that owns the memory
+        self._held = dict.fromkeys(KINDS, 0)
+        self._total = 0
+        self._alive: dict[int, _Owner] = {}  # by the id of the array that owns the memory
+        # Arrays that have been freed, and are still to be taken out of the sums. Python calls the deque's own method
+        # when it frees one, and no function of Python's: a Ctrl-C that comes while such a function runs would be
+        # printed and lost. Peaks do not change by it, for they can only rise when something is added.
+        self._freed: deque[_Owner] = deque()
+
+    @property
+    def held(self) -> dict[str, int]:
+        """Bytes held now, by kind."""
+        self._release_freed()
+        return self._held
+
+    @property
+    def total(self) -> int:
+        """Bytes held now, of all kinds."""
+        self._release_freed()
+        return self._total
 
     @property
     def phase(self) -> Phase:
@@ -43,6 +69,7 @@ class Memory:
 
     @phase.setter
     def phase(self, phase: Phase) -> None:
+        self._release_freed()
         self._phase = phase
         self._phase_peak = sum(self.peaks.get(phase, {}).values())
         self._note_peak()
@@ -51,40 +78,44 @@ class Memory:
         """Count `array` under `kind`, whatever it was counted under before, and return it."""
         if kind not in KINDS:
             raise ValueError(f"memory kind {kind} is unknown: use one of {', '.join(KINDS)}")
-        owner = _owner(array)
-        known = self._alive.get(id(owner))
-        if known:
-            self._add(known[1], -owner.nbytes)
+        self._release_freed()
+        array_that_owns = _owner(array)
+        owner = self._alive.get(id(array_that_owns))
+        if owner is None:
+            owner = self._alive[id(array_that_owns)] = _Owner(array_that_owns, self._freed.append)
+            owner.number, owner.size = id(array_that_owns), array_that_owns.nbytes
         else:
-            number, size = id(owner), owner.nbytes
-            reference = weakref.ref(owner, lambda _: self._release(number, size))
-        self._alive[id(owner)] = (known[0] if known else reference, kind)
-        self._add(kind, owner.nbytes)
+            self._add(owner.kind, -owner.size)
+        owner.kind = kind
+        self._add(kind, owner.size)
         return array
 
     def track_new(self, array: Array) -> None:
         """Count an array as working set, unless the memory that it lies in is counted already."""
+        self._release_freed()
         if id(_owner(array)) not in self._alive:
             self.track("working", array)
 
-    def _release(self, number: int, size: int) -> None:
-        _, kind = self._alive.pop(number)
-        self._add(kind, -size)
+    def _release_freed(self) -> None:
+        while self._freed:
+            owner = self._freed.popleft()
+            del self._alive[owner.number]
+            self._add(owner.kind, -owner.size)
 
     def _add(self, kind: str, size: int) -> None:
-        self.held[kind] += size
-        self.total += size
+        self._held[kind] += size
+        self._total += size
         if size > 0:
-            self.peak[kind] = max(self.peak[kind], self.held[kind])
+            self.peak[kind] = max(self.peak[kind], self._held[kind])
             if kind in MODEL_STATE:
-                self.model_state_peak = max(self.model_state_peak, sum(self.held[state] for state in MODEL_STATE))
+                self.model_state_peak = max(self.model_state_peak, sum(self._held[state] for state in MODEL_STATE))
             self._note_peak()
 
     def _note_peak(self) -> None:
-        self.total_peak = max(self.total_peak, self.total)
-        if self.total > self._phase_peak:
-            self._phase_peak = self.total
-            self.peaks[self._phase] = dict(self.held)
+        self.total_peak = max(self.total_peak, self._total)
+        if self._total > self._phase_peak:
+            self._phase_peak = self._total
+            self.peaks[self._phase] = dict(self._held)
 
 
 def _owner(array: Array) -> Array:

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 import warnings
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -21,18 +22,17 @@ import numpy as np
 
 from ..arrays import Array
 from ..errors import MessageError, UserError
+from . import launcher
 from .communicator import Communicator
 from .link import Link
 from .request import Request
 from .staging import Device, DeviceTransport, StagedTransport, Transport
 
-RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK")
 LOOK_EVERY = 200e-6  # seconds between two looks of a thread that progresses messages
 BACK_OFF = 2.5e-6  # seconds by which a pause is longer than the pause before it
 LONGEST_PAUSE = 1e-3  # seconds
 PATIENCE = 5000  # looks, some milliseconds, after which a rank that has a core to itself sleeps, too
 SHORT_PAUSE = 50e-6  # seconds
-SIZE_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 GPU_SUPPORT = {
     "cuda": ("MPIX_Query_cuda_support",),  # Open MPI and MPICH
@@ -40,25 +40,6 @@ GPU_SUPPORT = {
 }
 """Functions of MPI libraries, not of the standard, that answer whether they take a GPU's memory."""
 CRAY_GPU_SUPPORT = "MPICH_GPU_SUPPORT_ENABLED"  # of Cray's MPICH, for all GPUs
-
-
-def _first_number(names: tuple[str, ...]) -> int | None:
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), None)
-
-
-def launched() -> bool:
-    """Whether an MPI launcher started this process."""
-    return _first_number(RANK_VARIABLES) is not None
-
-
-def launcher_rank() -> int:
-    """The rank that the launcher gave this process, known without MPI; 0 without a launcher."""
-    return _first_number(RANK_VARIABLES) or 0
-
-
-def launcher_size() -> int | None:
-    """How many ranks the launcher started, if it says so."""
-    return _first_number(SIZE_VARIABLES)
 
 
 class MPICommunicator(Communicator):
@@ -185,25 +166,69 @@ class MPICommunicator(Communicator):
 
 def vendor(library: Any) -> str:
     """The name and version of an MPI library, as it gives them."""
-    return str(library.Get_library_version()).strip().split("\n")[0].split(",")[0].strip("\x00 ")
+    return " ".join(str(library.Get_library_version()).strip().split("\n")[0].split(",")[0].strip("\x00").split())
 
 
 def open_world() -> MPICommunicator:
-    """The communicator of all ranks that the launcher started; from here on an exception on one rank ends the job."""
+    """The communicator of all ranks that the launcher started; from here on an exception on one rank ends the job, and
+    so does SIGTERM to one."""
+    with warnings.catch_warnings(action="ignore"):  # of a mismatched launcher, which is refused
+        library = _started_library()
+    wanted, found = launcher.launcher_size(), library.COMM_WORLD.Get_size()
+    if wanted is not None and wanted != found:
+        raise UserError(f"mpirun started {wanted} ranks, but each finds itself rank 0 of {found}: the launcher is not "
+                        f"of the MPI that Python loads ({vendor(library)}); use the mpirun beside this environment's "
+                        "python")
+    world = MPICommunicator(library)
+    sys.excepthook = lambda kind, error, trace: fail(world, error, trace)
+    launcher.hear_ctrl_c()
+    launcher.hear_termination(lambda: fail(world, Terminated()))
+    return world
+
+
+def _started_library() -> Any:
+    """mpi4py's MPI, started; a `UserError` where it cannot be loaded, or would end the process instead of starting."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a mismatched launcher, which is refused below
-            from mpi4py import MPI
+        import mpi4py
+
+        # Not at import: first it must be asked who it is.
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+        from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(f"MPI cannot be loaded ({str(error).splitlines()[0]}): pip install 'tsp_ref[mpi]', or run "
                         "without mpirun and with --ranks N") from None
-    wanted, found = _first_number(SIZE_VARIABLES), MPI.COMM_WORLD.Get_size()
-    if wanted is not None and wanted != found:
-        raise UserError(f"mpirun started {wanted} ranks, but each finds itself rank 0 of {found}: the launcher is not "
-                        f"of the MPI that Python loads ({vendor(MPI)}); use the mpirun beside this environment's "
-                        "python")
-    world = MPICommunicator(MPI)
-    sys.excepthook = lambda kind, error, trace: fail(world, error, trace)
-    return world
+    if not MPI.Is_initialized():
+        _require_launcher_of(MPI)
+        launcher.end_at_ctrl_c()
+        MPI.Init_thread()
+    return MPI
+
+
+def _require_launcher_of(library: Any) -> None:
+    """A `UserError` where MPI would end the process: MPICH, unless built with PMIx, cannot be started by a launcher
+    that speaks PMIx alone, as Open MPI's does."""
+    speaks_pmix = "PMIX_RANK" in os.environ and not {"PMI_RANK", "PMI_FD"}.intersection(os.environ)
+    if not speaks_pmix or not vendor(library).startswith("MPICH") or _has_loaded("pmix"):
+        return
+    wanted = launcher.launcher_size()
+    if wanted is None:
+        raise UserError(f"PMIX_RANK={os.environ['PMIX_RANK']} says that a launcher has started this process, but not "
+                        f"one of the MPI that Python loads ({vendor(library)}): unset PMIX_RANK, or use the mpirun "
+                        "beside this environment's python")
+    raise UserError(f"mpirun started {wanted} ranks, but it is not of the MPI that Python loads ({vendor(library)}), "
+                    "which cannot join them; use the mpirun beside this environment's python")
+
+
+def _has_loaded(library: str) -> bool:
+    """Whether a library of this name is in this process; where that cannot be seen, it is taken to be."""
+    try:
+        return f"lib{library}" in Path("/proc/self/maps").read_text()
+    except OSError:
+        return True
+
+
+class Terminated(BaseException):
+    """SIGTERM came to this rank."""
 
 
 def version() -> str:
@@ -221,17 +246,23 @@ def leave_together() -> None:
     try:
         open_world().mpi.Barrier()
     except UserError:
-        time.sleep(float(launcher_rank() > 0))
+        time.sleep(float(launcher.launcher_rank() > 0))
+
+
+CODES = {KeyboardInterrupt: 130, Terminated: 143}
+"""Exit codes by what ended the job; a `UserError` has its own, and anything else is 1."""
 
 
 def fail(world: MPICommunicator, error: BaseException, trace: TracebackType | None = None) -> None:
     """Say once for the whole node, however many ranks fail at once, what went wrong, and end the job."""
-    code = 130 if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, UserError) else 1
+    code = error.code if isinstance(error, UserError) else CODES.get(type(error), 1)
     if not _first_to_fail():
         time.sleep(5)  # the rank that failed first is about to end this one
         world.abort(code)
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
+    elif isinstance(error, Terminated):
+        print(f"rank {world.rank} of {world.size} was told to end (SIGTERM), and ends the job", file=sys.stderr)
     elif isinstance(error, UserError):
         print(f"error: on rank {world.rank}: {error}", file=sys.stderr)
     else:
@@ -240,6 +271,14 @@ def fail(world: MPICommunicator, error: BaseException, trace: TracebackType | No
     sys.stderr.flush()
     time.sleep(0.2)  # ranks that fail at the same time find this one first only while it lives
     world.abort(code)
+
+
+def leave_interrupted() -> None:
+    """End this process for a Ctrl-C that came before `fail` could be called: at once, for in good order it would wait
+    for the others."""
+    if _first_to_fail():
+        print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 _failure_marks: list[socket.socket] = []

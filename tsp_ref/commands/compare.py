@@ -27,7 +27,8 @@ from ..comm.virtual import VirtualWorld
 from ..errors import UserError
 from ..formulas.memory import model_state_bytes
 from ..model.config import Config
-from ..process import threads
+from ..process import arithmetic, threads
+from ..process.room import require_room
 from ..process.terminal import console_for
 from ..training.collect import digest
 from ..training.data import Text, load_text, require_same_text
@@ -80,9 +81,13 @@ def compare(
     counting, by turns, so that a disturbance of the machine does not fall on one alone.
     """
     console = console_for(comm.rank)
+    require_room(comm, config, Plan("single"))
     text, file = agreed(comm, lambda: _prepare(comm, config, text_paths, json_file, backend))
     require_same_text(comm, text)
+    arithmetic.require_alike(comm, "compare")
     plans, refused = _plans(comm, config, plan)
+    for each in plans:
+        require_room(comm, config, each)
     _greet(console, comm, config, text, plan, plans)
     rows: list[Row] = []
     peaks: list[Peak] = []

@@ -15,6 +15,7 @@ from ..comm.control import agreed, from_root, text_from
 from ..errors import UserError
 from ..model.config import Config
 from ..pictures.score import CALLS, IN_LAYERS, Visit, lines_of, score, totals
+from ..process.room import require_room
 from ..process.terminal import console_for
 from ..training.data import load_text, require_same_text
 from ..training.loop import Training
@@ -106,6 +107,8 @@ class MessagesOptions:
 def messages(comm: Communicator, options: MessagesOptions, backend: Backend = HOST) -> int:
     """Run a training step on all ranks, and print on rank 0 what one of them did. Returns 0."""
     console = console_for(comm.rank)
+    if backend.name == HOST.name:
+        require_room(comm, agreed(comm, lambda: options.config_for(comm.size)), options.plan)
     training = agreed(comm, lambda: _prepare(comm, options, backend))
     require_same_text(comm, training.text)
     width = from_root(comm, max(NARROWEST, console.width))

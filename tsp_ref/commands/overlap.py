@@ -17,6 +17,7 @@ from ..comm.control import agreed, all_gather
 from ..comm.mpi import cores
 from ..errors import UserError
 from ..model.config import Config
+from ..process.room import require_room
 from ..process.terminal import console_for
 from ..training.data import Text, load_text, require_same_text
 from ..training.strategy import Plan, choose_strategy
@@ -89,6 +90,8 @@ def obstacle(ranks: int, ranks_in_process: int, ranks_on_node: int, cores: int) 
 def overlap(comm: Communicator, options: OverlapOptions, backend: Backend = HOST) -> int:
     """Time messages, computation and both by turns, for a forward and for forward and backward. Returns 0."""
     console = console_for(comm.rank)
+    if backend.name == HOST.name:
+        require_room(comm, options.config, options.plan)
     text, pictures, file = agreed(comm, lambda: _prepare(comm, options, backend))
     require_same_text(comm, text)
     hurdle = _agreed_obstacle(comm)

@@ -16,7 +16,8 @@ from ..backends.host import HOST, Backend
 from ..comm.communicator import Communicator
 from ..comm.control import agreed
 from ..model.config import Config
-from ..process import threads
+from ..process import arithmetic, threads
+from ..process.room import require_room
 from ..process.terminal import console_for
 from ..training.collect import digest
 from ..training.data import load_text, require_same_text
@@ -43,11 +44,17 @@ class TrainOptions:
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")
 def train(comm: Communicator, options: TrainOptions, backend: Backend = HOST) -> int:
     """Train, and report on rank 0. Returns the exit code."""
+    if backend.name == HOST.name:
+        require_room(comm, options.config, options.plan)
     training, pictures = agreed(comm, lambda: _prepare(comm, options, backend))
     require_same_text(comm, training.text)
     # Last, because it makes a file.
     log = agreed(comm, lambda: LineFile("--log", options.log if comm.rank == 0 else None))
     console = console_for(comm.rank)
+    if backend.name == HOST.name and options.digest:
+        arithmetic.require_alike(comm, "--digest")
+    elif backend.name == HOST.name:
+        arithmetic.warn_unless_alike(comm, console)
     _greet(console, training, options)
     with contextlib.closing(log):
         log.write({"start": dataclasses.asdict(options.config), "plan": dataclasses.asdict(options.plan),

@@ -17,7 +17,8 @@ from ..comm.virtual import VirtualWorld
 from ..model.activations import Saved
 from ..model.config import Config
 from ..model.parameters import Parameters, named_views
-from ..process import threads
+from ..process import arithmetic, threads
+from ..process.room import require_room
 from ..process.terminal import console_for
 from ..training.collect import holders, stream, stream_blocks
 from ..training.data import load_text, require_same_text
@@ -92,8 +93,12 @@ def verify(
         threads.require_one("verify")
         return Training(config, comm, plan, load_text(text_paths, config), backend)
 
+    if backend.name == HOST.name:
+        require_room(comm, config, plan, beside=Plan("single"))
     run = agreed(comm, prepare)
     require_same_text(comm, run.text)
+    if backend.name == HOST.name:
+        arithmetic.require_alike(comm, "verify")
     # Rank 0 holds a whole second model to compare with; the run itself stays sharded.
     alone = VirtualWorld(1).communicators[0]
     reference = Training(config, alone, Plan("single"), run.text, backend) if comm.rank == 0 else None

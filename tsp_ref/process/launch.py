@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from ..comm import mpi
+from ..comm import launcher, mpi
 from ..comm.communicator import Communicator
 from ..comm.virtual import VirtualWorld
 from ..errors import AgreedError, UserError
@@ -33,7 +33,7 @@ def start(
         if shuffle is not None and shuffle < 0:
             raise UserError(f"--shuffle {shuffle} is not valid: use 0 or more")
         # A launcher of one process leaves that process free to have virtual ranks.
-        if mpi.launched() and not (ranks is not None and mpi.launcher_size() == 1):
+        if launcher.launched() and not (ranks is not None and launcher.launcher_size() == 1):
             if ranks is not None:
                 raise UserError(f"--ranks {ranks} asks for virtual ranks inside one process, and a launcher "
                                 "has started this one: use one or the other")
@@ -47,20 +47,24 @@ def start(
         return max(world.run(lambda comm: _finished(comm, main(comm))))
     except UserError as error:
         return refuse(error, debug)
+    except MemoryError as error:
+        return refuse(_too_large(error), debug)
     except KeyboardInterrupt:
+        if launcher.launched():
+            mpi.leave_interrupted()
         print("interrupted", file=sys.stderr)
         return 130
 
 
 def refuse(error: UserError, debug: bool = False) -> int:
-    """Print a user's error, which every rank has met, once, on rank 0, and return the exit code 2."""
-    if mpi.launcher_rank() == 0:
+    """Print a user's error, which every rank has met, once, on rank 0, and return its exit code."""
+    if launcher.launcher_rank() == 0:
         if debug:
             traceback.print_exception(error)
         print(f"error: {str(error).translate(ONE_LINE)}", file=sys.stderr, flush=True)
-    if mpi.launched():
+    if launcher.launched():
         mpi.leave_together()
-    return 2
+    return error.code
 
 
 def _run_real(main: Callable[[Communicator], int]) -> int:
@@ -69,10 +73,18 @@ def _run_real(main: Callable[[Communicator], int]) -> int:
         return _finished(world, main(world))
     except AgreedError:
         raise
+    except MemoryError as error:
+        mpi.fail(world, _too_large(error))
+        raise
     except BaseException as error:
         # One rank alone must not return: the others would wait for its messages for ever.
         mpi.fail(world, error)
         raise
+
+
+def _too_large(error: MemoryError) -> UserError:
+    """Beyond what was counted before (`room.py`), which is a lower bound."""
+    return UserError(f"memory does not suffice ({error or 'no more could be had'}): use smaller sizes, or more ranks")
 
 
 def _finished(comm: Communicator, code: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..comm.mpi import launched
+from ..comm.launcher import launched
 
 WIDTH = 120  # where no terminal says another
 
