@@ -38,7 +38,7 @@ from tsp_ref.errors import UserError  # noqa: E402
 from tsp_ref.model.config import PLANNING_ONLY, PRESETS, Config, make_config  # noqa: E402
 from tsp_ref.process import jobs  # noqa: E402  (of this environment's MPI)
 from tsp_ref.process.terminal import console_for  # noqa: E402
-from tsp_ref.process.threads import VARIABLES  # noqa: E402
+from tsp_ref.process.threads import READ_BY  # noqa: E402
 from tsp_ref.training.data import Text  # noqa: E402
 
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -275,7 +275,7 @@ class Worker:
         start = [jobs.mpiexec(), "-n", str(ranks)] if ranks > 1 else []
         self.process = subprocess.Popen(
             [*start, sys.executable, *command, path], stdin=subprocess.DEVNULL, stdout=sys.stderr,
-            env=jobs.environment(**dict.fromkeys(VARIABLES, str(threads))), start_new_session=True)
+            env=jobs.environment(**{names[0]: str(threads) for names in READ_BY.values()}), start_new_session=True)
 
     def meet(self) -> None:
         """Wait until all of its processes are ready."""

@@ -93,7 +93,8 @@ def test_in_float64_it_is_another_digest_and_the_single_process_s_too(comm):
     assert comm.rank or digest_of_one("float64") != digest_of_one("float32")
 
 
-SCHEDULES_AT = {1: ["tp", "sp", "tp+sp"], 2: ["tp", "sp"], 3: ["tp+sp"], 4: ["tp", "sp", "tp+sp"], 8: ["tp+sp"]}
+SCHEDULES_AT = {1: ["tp", "sp", "tp+sp", "fsdp+sp"], 2: ["tp", "sp"], 3: ["tp+sp", "fsdp+sp"], 4: ["tp", "sp", "tp+sp"],
+                8: ["tp+sp"]}
 RECOMPUTE_AT = {1: "none", 2: "attention", 3: "full", 4: "none", 8: "none"}
 
 
@@ -239,7 +240,7 @@ def test_an_impossible_request_is_one_line_and_exit_code_2(n, request_, tmp_path
 
 
 ALSO_REFUSED = {
-    "--preset huge": "preset=huge is unknown: use one of tiny, small, bench, 7b",
+    "--preset huge": "preset=huge is unknown: use one of tiny, small, bench, smollm-135m, tinyllama-1.1b, llama-3-8b, qwen3-0.6b, 7b",
     "--preset 7b": "preset=7b is only for planning",
     "--set num_heads=4": "num_heads=4 is not a multiple of num_kv_heads=8: use 8",
     "--set num_kv_heads=4": "num_kv_heads=4 is not a multiple of blocks=8: use 8",
@@ -251,7 +252,7 @@ ALSO_REFUSED = {
     "--steps many": "argument --steps: invalid int value: 'many'",
     "--text /no/such/file": "--text /no/such/file is neither a file nor a folder",
     "--dtype float16": "dtype=float16 is not valid: use float32 or float64",
-    "--schedule fast": "--schedule fast is unknown: use one of single, tp, sp, tp+sp, tsp",
+    "--schedule fast": "--schedule fast is unknown: use one of single, tp, sp, tp+sp, fsdp+sp, tsp",
     "--schedule tp+sp --mesh 3x1": "--mesh 3x1 is not a mesh of 4 ranks: use one of 1x4, 2x2, 4x1",
     "--schedule tsp --mesh 2x2": "--mesh 2x2 is for --schedule tp+sp: tsp has no mesh, leave it out",
     "--layout diagonal": "--layout diagonal is unknown: use one of zigzag, contiguous",

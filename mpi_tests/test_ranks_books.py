@@ -13,7 +13,7 @@ from tsp_ref.formulas.messages import step_messages
 from tsp_ref.model.config import make_config
 from tsp_ref.training.data import Text
 from tsp_ref.training.loop import Training
-from tsp_ref.training.strategy import Plan
+from tsp_ref.training.strategy import FOLDED, Plan
 
 
 def test_every_schedule_s_ledger_is_the_formula_to_the_byte(comm):
@@ -26,10 +26,10 @@ def test_every_schedule_s_ledger_is_the_formula_to_the_byte(comm):
         assert books.sent == {(part, direction, purpose.name): (traffic.messages, traffic.elements * itemsize(config))
                               for (part, direction, purpose), traffic in wanted.items()}
         assert books.memory.model_state_peak == model_state_bytes(config, books.grid)
-        assert books.kept == activation_bytes(config, books.grid, folded=plan.schedule == "tsp")
+        assert books.kept == activation_bytes(config, books.grid, folded=plan.schedule in FOLDED)
 
 
-@pytest.mark.parametrize("schedule", ["tp", "sp", "tp+sp", "tsp"])
+@pytest.mark.parametrize("schedule", ["tp", "sp", "tp+sp", "fsdp+sp", "tsp"])
 @pytest.mark.ranks(2, 4)
 def test_the_memory_counted_is_within_5_percent_of_what_python_traced(comm, schedule):
     """Two runs: in one all arrays are counted, in the other, uncounted, Python's own allocations are traced. The model

@@ -20,7 +20,7 @@ from tsp_ref.training.strategy import Plan
 
 
 @pytest.mark.parametrize("progress", ["wait", "poll", "thread"])
-@pytest.mark.parametrize("schedule", ["tp", "sp", "tp+sp", "tsp"])
+@pytest.mark.parametrize("schedule", ["tp", "sp", "tp+sp", "fsdp+sp", "tsp"])
 @pytest.mark.ranks(2, 4)
 def test_spans_cover_the_step_and_messages_are_the_ledger_s(comm, schedule, progress):
     comm.travel_by(progress, None)

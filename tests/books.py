@@ -33,7 +33,8 @@ class Books:
 
 def all_plans(size: int, **changes: str) -> list[Plan]:
     """Every schedule on so many ranks, and every mesh."""
-    kinds = [("tp", None), ("sp", None), *(("tp+sp", mesh) for mesh in meshes(size)), ("tsp", None)]
+    kinds = [("tp", None), ("sp", None), *(("tp+sp", mesh) for mesh in meshes(size)), ("fsdp+sp", None),
+             ("tsp", None)]
     return [Plan(schedule, mesh, counted=True, **changes) for schedule, mesh in kinds]
 
 

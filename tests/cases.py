@@ -20,14 +20,14 @@ from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import Parameters, bias_view, initial_parameters, named_views, zero_parameters
 from tsp_ref.ops import attention
 from tsp_ref.reference import single
-from tsp_ref.schedules import sp, tp, tp_sp, tsp
+from tsp_ref.schedules import fsdp_sp, sp, tp, tp_sp, tsp
 from tsp_ref.schedules.gradients import AllReduceGradients
 from tsp_ref.training.collect import digest
 from tsp_ref.training.data import Text
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan, mesh_sides, meshes
 
-MODULES = {"tp": tp, "sp": sp, "tp+sp": tp_sp, "tsp": tsp}
+MODULES = {"tp": tp, "sp": sp, "tp+sp": tp_sp, "fsdp+sp": fsdp_sp, "tsp": tsp}
 """Every schedule, by the name that a plan gives it."""
 
 SMALL = dict(num_layers=2, hidden_size=32, ffn_size=48, seq_len=32)

@@ -31,7 +31,8 @@ from tsp_ref.training.strategy import Plan
 
 CONFIG = case_config("plain", "float32", num_layers=1, hidden_size=16, num_heads=4, num_kv_heads=4, ffn_size=16,
                      seq_len=16, blocks=4, tiles=4)
-PLANS = [(Plan("single"), 1), *((Plan(name), size) for name in ("tp", "sp", "tp+sp", "tsp") for size in (1, 2, 4))]
+PLANS = [(Plan("single"), 1),
+         *((Plan(name), size) for name in ("tp", "sp", "tp+sp", "fsdp+sp", "tsp") for size in (1, 2, 4))]
 SETTINGS = ("num_layers=1", "hidden_size=16", "num_heads=4", "num_kv_heads=4", "ffn_size=16", "seq_len=16", "blocks=4",
             "tiles=4")
 ROOT = Path(tsp_ref.__file__).parent

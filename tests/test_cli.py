@@ -7,10 +7,13 @@ import platform
 import re
 from importlib import metadata
 
+import numpy as np
 import pytest
 
 import tsp_ref
 from tsp_ref.cli import main
+from tsp_ref.comm import mpi
+from tsp_ref.errors import UserError
 from tsp_ref.model.config import make_config
 from tsp_ref.training.data import Text
 

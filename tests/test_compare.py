@@ -23,7 +23,7 @@ def rows(tmp_path_factory):
 def test_every_schedule_and_every_mesh_is_measured(rows):
     assert [(row["schedule"], row["mesh"]) for row in rows] == [
         ("single", None), ("tp", None), ("sp", None), ("tp+sp", "1x4"), ("tp+sp", "2x2"), ("tp+sp", "4x1"),
-        ("tsp", None)]
+        ("fsdp+sp", None), ("tsp", None)]
     assert all(set(row) == FIELDS for row in rows)
     assert all(row["step_seconds"] > 0 for row in rows)
 

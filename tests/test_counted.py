@@ -20,7 +20,8 @@ def watched():
     return CountedNumpy(Memory(), Work())
 
 
-@pytest.mark.parametrize("schedule, ranks", [("single", 1), ("tp", 2), ("sp", 3), ("tp+sp", 4), ("tsp", 3)])
+@pytest.mark.parametrize("schedule, ranks", [
+    ("single", 1), ("tp", 2), ("sp", 3), ("tp+sp", 4), ("fsdp+sp", 3), ("tsp", 3)])
 def test_counting_changes_no_bit(schedule, ranks):
     config = case_config("nine blocks, eleven tiles", "float32")
     for plan in plans(schedule, ranks, counted=True, recompute="attention")[:2]:
@@ -200,7 +201,7 @@ def test_n_ranks_multiply_as_much_as_one_process_does():
         return sum(VirtualWorld(ranks).run(main))
 
     alone = flops(Plan("single", counted=True), 1)
-    for schedule, ranks in (("tp", 3), ("sp", 3), ("tp+sp", 4), ("tsp", 3)):
+    for schedule, ranks in (("tp", 3), ("sp", 3), ("tp+sp", 4), ("fsdp+sp", 3), ("tsp", 3)):
         assert flops(Plan(schedule, counted=True), ranks) == alone > 0
 
 

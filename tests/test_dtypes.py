@@ -39,7 +39,8 @@ def float32_run(comm, schedule):
     return training
 
 
-@pytest.mark.parametrize("schedule, ranks", [("single", 1), ("tsp", 1), ("tsp", 3), ("tp", 3), ("sp", 3), ("tp+sp", 4)])
+@pytest.mark.parametrize("schedule, ranks", [
+    ("single", 1), ("tsp", 1), ("tsp", 3), ("tp", 3), ("sp", 3), ("tp+sp", 4), ("fsdp+sp", 3)])
 def test_a_float32_run_makes_no_float64_array(schedule, ranks):
     for training in VirtualWorld(ranks).run(lambda comm: float32_run(comm, schedule)):
         assert isinstance(training.weights.embedding, Watched)

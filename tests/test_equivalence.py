@@ -11,7 +11,7 @@ from tsp_ref.ops import attention
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 
-SCHEDULES = ("tp", "sp", "tp+sp", "tsp")
+SCHEDULES = ("tp", "sp", "tp+sp", "fsdp+sp", "tsp")
 UNEVEN = case_config("nine blocks, eleven tiles", "float32")
 
 

@@ -17,7 +17,7 @@ from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import initial_parameters
 from tsp_ref.ops import attention
 from tsp_ref.schedules import sp, tp, tsp
-from tsp_ref.training.strategy import Plan, choose_strategy
+from tsp_ref.training.strategy import FOLDED, Plan, choose_strategy
 
 EVERYWHERE = [("nine blocks, eleven tiles", ranks) for ranks in (1, 2, 3, 4, 8)]
 SOMEWHERE = [("plain", 2), ("tied head", 3), ("grouped-query", 4)]
@@ -26,7 +26,7 @@ SIZES = {"grouped-query": dict(num_layers=1)}  # that every layer counts, the ot
 
 def check(config, ranks, plan):
     """One step: each rank's books against the formulas."""
-    folded_ = plan.schedule == "tsp"
+    folded_ = plan.schedule in FOLDED
     for books in virtual_books(config, ranks, plan):
         wanted = step_messages(plan.schedule, config, books.grid, plan.recompute)
         size = itemsize(config)
@@ -150,7 +150,7 @@ def test_a_rank_s_share_of_the_model_state_is_1_over_n_1_1_over_t_and_1_over_n(c
     config = case_config(case, "float32")
     whole, gains = model_state_bytes(config), gain_bytes(config)
     for plan in all_plans(size):
-        parts = {"tp": size, "sp": 1, "tsp": size, "tp+sp": sides(plan)[0]}[plan.schedule]
+        parts = {"tp": size, "sp": 1, "fsdp+sp": size, "tsp": size, "tp+sp": sides(plan)[0]}[plan.schedule]
         for grid in grids(plan, size, config):
             assert (model_state_bytes(config, grid) - gains) * parts == whole - gains
 
@@ -161,9 +161,9 @@ def test_a_rank_s_share_of_what_is_kept_between_layers_is_1_1_over_n_1_over_sigm
     whole = activation_bytes(config, recompute="full")
     assert whole == config.batch_size * config.seq_len * (3 * config.hidden_size + 1) * 4
     for plan in all_plans(size):
-        parts = {"tp": 1, "sp": size, "tsp": size, "tp+sp": sides(plan)[1]}[plan.schedule]
+        parts = {"tp": 1, "sp": size, "fsdp+sp": size, "tsp": size, "tp+sp": sides(plan)[1]}[plan.schedule]
         for grid in grids(plan, size, config):
-            assert activation_bytes(config, grid, "full", plan.schedule == "tsp") * parts == whole
+            assert activation_bytes(config, grid, "full", plan.schedule in FOLDED) * parts == whole
 
 
 def test_what_tp_keeps_in_blocks_is_divided_too():
@@ -178,7 +178,7 @@ def test_what_tp_keeps_in_blocks_is_divided_too():
 def test_every_rank_computes_as_much_as_every_other_where_zigzag_divides_evenly(size):
     config = case_config("plain", "float32", tiles=16)
     for plan in all_plans(size):
-        work = {sum(step_flops(config, grid, folded=plan.schedule == "tsp").values())
+        work = {sum(step_flops(config, grid, folded=plan.schedule in FOLDED).values())
                 for grid in grids(plan, size, config)}
         assert len(work) == 1
 
@@ -189,7 +189,7 @@ def test_all_ranks_together_compute_what_one_process_computes(size):
     alone = step_flops(config, Grid(config.blocks, config.tiles, config.tile_len))
     for layout in ("zigzag", "contiguous"):
         for plan in all_plans(size, layout=layout):
-            work = [step_flops(config, grid, folded=plan.schedule == "tsp") for grid in grids(plan, size, config)]
+            work = [step_flops(config, grid, folded=plan.schedule in FOLDED) for grid in grids(plan, size, config)]
             assert {key: sum(each[key] for each in work) for key in alone} == alone
 
 

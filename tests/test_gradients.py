@@ -22,7 +22,7 @@ def test_gradients_of_the_single_process_are_central_differences(case, what):
 @pytest.mark.parametrize("plan, ranks", [
     (Plan("tp"), 2), (Plan("tp"), 4), (Plan("sp"), 2), (Plan("sp"), 4), (Plan("tp+sp", "2x2"), 4), (Plan("tsp"), 2),
     (Plan("tsp"), 3), (Plan("sp", layout="contiguous", recompute="attention"), 2), (Plan("tp", recompute="full"), 2),
-    (Plan("tp+sp", "1x2", recompute="full"), 2), (Plan("tsp", recompute="full"), 2)], ids=str)
+    (Plan("tp+sp", "1x2", recompute="full"), 2), (Plan("tsp", recompute="full"), 2), (Plan("fsdp+sp"), 3)], ids=str)
 def test_gradients_on_virtual_ranks_are_central_differences(plan, ranks, what):
     config = case_config("grouped-query", "float64", num_layers=1)
 

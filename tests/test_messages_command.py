@@ -18,7 +18,7 @@ from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 
 CONFIG = case_config("plain", "float32", num_layers=2, blocks=4)
-SCHEDULES = ["tp", "sp", "tp+sp", "tsp"]
+SCHEDULES = ["tp", "sp", "tp+sp", "fsdp+sp", "tsp"]
 PHASES = [(part, direction) for part, directions in PARTS.items() for direction in directions]
 PLANS = [Plan(schedule, recompute=recompute) for schedule in SCHEDULES for recompute in ("none", "attention", "full")]
 
@@ -233,8 +233,8 @@ def test_the_command_takes_a_model_s_sizes_and_a_mesh_as_the_others_do(capsys):
     (["--layer", "2"], "--layer 2 is not one of num_layers=2: use 0 to 1"),
     (["--layer", "0", "--part", "head"], "--layer 0 with --part head, which is in no layer: use one of attention, mlp"),
     (["--layer", "x"], "argument --layer: invalid int value: 'x'"),
-    (["--schedule", "single"], "--schedule single sends no messages: use one of tp, sp, tp+sp, tsp"),
-    (["--schedule", "ring"], "--schedule ring is unknown: use one of single, tp, sp, tp+sp, tsp"),
+    (["--schedule", "single"], "--schedule single sends no messages: use one of tp, sp, tp+sp, fsdp+sp, tsp"),
+    (["--schedule", "ring"], "--schedule ring is unknown: use one of single, tp, sp, tp+sp, fsdp+sp, tsp"),
     (["--set", "blocks=3"], "num_kv_heads=8 is not a multiple of blocks=3"),
 ])
 def test_what_no_step_has_is_refused_with_what_is_valid(arguments, message, capsys):

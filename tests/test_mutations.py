@@ -26,7 +26,8 @@ from tsp_ref.ops import attention as attention_ops
 from tsp_ref.ops import loss as loss_ops
 from tsp_ref.ops import norm as norm_ops
 from tsp_ref.reference import single
-from tsp_ref.schedules import all_reduce, gradients, keys_values, tp_sp, tsp
+from tsp_ref.schedules import all_reduce, fsdp_sp, gradients, keys_values, tp_sp, tsp
+from tsp_ref.schedules.all_gather import AllGather
 from tsp_ref.schedules.gradients import AllReduceGradients, ReduceToOwner
 from tsp_ref.schedules.ring import Broadcast
 from tsp_ref.schedules.tags import Tag
@@ -227,6 +228,14 @@ def recompute_with_the_weights_of_another_layer(monkeypatch):
         return messages._replace(attention_recomputed=stale)
 
     monkeypatch.setattr(tsp, "messages_of_layer", of_another)
+    honest_gathers = fsdp_sp.gathers_of_layer
+
+    def gathers_of_another(comm, model, weights, saved, layer):
+        """And FSDP+SP's."""
+        stale = AllGather(comm, model, weights.attention[0], Tag.ATTENTION_WEIGHTS)
+        return honest_gathers(comm, model, weights, saved, layer)._replace(attention_recomputed=stale)
+
+    monkeypatch.setattr(fsdp_sp, "gathers_of_layer", gathers_of_another)
 
 
 def recompute_all_but_the_softmax_s_denominators(monkeypatch):
@@ -274,7 +283,7 @@ def forget_one_tensor_less(monkeypatch):
     (leave_one_copy_of_a_gradient_at_zero, of(differences_on_ranks_test, "sp")),
     *((sum_in_order_of_arrival, of(test, schedule)) for test in (bits_test, orders_test) for schedule in MODULES),
     *((count_a_piece_that_arrives_twice, of(bits_test, schedule)) for schedule in MODULES),
-    *((send_a_message_from_another_array, of(bits_test, schedule)) for schedule in ("sp", "tp+sp", "tsp")),
+    *((send_a_message_from_another_array, of(bits_test, schedule)) for schedule in ("sp", "tp+sp", "fsdp+sp", "tsp")),
     *((recompute_with_the_weights_of_another_layer, of(recompute_test, schedule, recompute))
       for schedule in MODULES for recompute in ("attention", "full")),
     *((recompute_all_but_the_softmax_s_denominators, of(recompute_test, schedule, recompute))
@@ -296,6 +305,7 @@ TAGS = {
     "tp": {*ALONG_WEIGHTS, Tag.COLLECT},
     "sp": ALONG_TOKENS,  # rank 0 holds all that a digest is made of
     "tp+sp": {*ALONG_WEIGHTS, *ALONG_TOKENS, Tag.COLLECT},
+    "fsdp+sp": {*WEIGHTS, *ALONG_TOKENS, Tag.GRADIENT_NORM, Tag.COLLECT},
     "tsp": {*WEIGHTS, *ALONG_TOKENS, Tag.GRADIENT_NORM, Tag.COLLECT},
 }
 MESSAGES = [(schedule, tag) for schedule, tags in TAGS.items() for tag in sorted(tags)]

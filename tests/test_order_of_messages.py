@@ -10,7 +10,7 @@ from cases import case_config, random_text
 from tsp_ref.comm.virtual import VirtualWorld
 from tsp_ref.schedules.tags import Tag
 from tsp_ref.training.loop import Training
-from tsp_ref.training.strategy import Plan
+from tsp_ref.training.strategy import FOLDED, Plan
 
 CONFIG = case_config("plain", "float32", num_layers=2)
 
@@ -92,7 +92,7 @@ def test_so_are_those_of_what_is_recomputed(ranks):
 
 
 @pytest.mark.parametrize("schedule, mesh, ranks", [
-    ("tp", None, 2), ("sp", None, 2), ("tp+sp", "2x2", 4), ("tsp", None, 2)])
+    ("tp", None, 2), ("sp", None, 2), ("tp+sp", "2x2", 4), ("fsdp+sp", None, 2), ("tsp", None, 2)])
 def test_messages_are_given_a_chance_before_the_work_on_every_stack_of_tiles(schedule, mesh, ranks):
     """Attention projects and attends with each stack and block, under TP with several blocks at a time; all else works
     with them once."""
@@ -106,7 +106,7 @@ def test_messages_are_given_a_chance_before_the_work_on_every_stack_of_tiles(sch
     for model, script in VirtualWorld(ranks, seed=1).run(rank):
         found = Counter((*event.phase, event.block, event.slot, event.tiles)
                         for event in script if event.what == "compute")
-        blocks = range(CONFIG.blocks) if schedule == "tsp" else model.grid.blocks
+        blocks = range(CONFIG.blocks) if schedule in FOLDED else model.grid.blocks
         groups = [group.start for group in model.head_groups] if schedule == "tp" else blocks
         wanted = Counter((sublayer, direction, block, *stack.place)
                          for direction in ("forward", "backward") for stack in model.stacks

@@ -25,7 +25,7 @@ from tsp_ref.process.terminal import console_for
 from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 
-SCHEDULES = ["tp", "sp", "tp+sp", "tsp"]
+SCHEDULES = ["tp", "sp", "tp+sp", "fsdp+sp", "tsp"]
 FIELDS = {"schedule", "part", "rounds", "link", "link_shared", "comm_seconds", "compute_seconds", "both_seconds",
           "exposed_seconds", "hidden_fraction", "hidden_by_waits", "verdict", "verdict_by_waits", "quartiles"}
 SECONDS = {"comm_seconds", "compute_seconds", "both_seconds", "exposed_seconds"}

@@ -88,7 +88,8 @@ def test_a_decorated_function_is_still_itself():
 
 
 @pytest.mark.parametrize("plan, ranks", [
-    (Plan("tp"), 2), (Plan("sp"), 2), (Plan("tp+sp", "2x2"), 4), (Plan("tsp"), 2), (Plan("tsp", recompute="full"), 2)],
+    (Plan("tp"), 2), (Plan("sp"), 2), (Plan("tp+sp", "2x2"), 4), (Plan("fsdp+sp"), 2), (Plan("tsp"), 2),
+    (Plan("tsp", recompute="full"), 2)],
     ids=str)
 def test_what_a_step_sends_holds_and_computes_is_entered_under_its_parts(plan, ranks):
     def main(comm):

@@ -38,7 +38,7 @@ OPS = sorted((PACKAGE / "ops").glob("*.py"))
 OTHERS = [PACKAGE / name for name in (
     "model/tilewise.py", "reference/single.py", "reference/naive.py",
     *(f"schedules/{name}.py" for name in (
-        "tp", "sp", "tp_sp", "tsp", "ring", "keys_values", "gradients", "all_reduce")))]
+        "tp", "sp", "tp_sp", "fsdp_sp", "tsp", "all_gather", "ring", "keys_values", "gradients", "all_reduce")))]
 COMMENT = re.compile(r"#\s*((?:->\s*)?\[.*)$")
 SHAPE = re.compile(r"\[([^\]]*)\]")
 PURE = {"reshape", "transpose", "swapaxes"}
@@ -221,7 +221,7 @@ def test_every_shape_comment_is_true(paths, least, monkeypatch):
     monkeypatch.setattr(attention, "DIAGONAL", HALF)
     watch = Watch(paths)
     for plan, ranks in ((Plan("tp"), 2), (Plan("sp"), 2), (Plan("tp+sp", "2x2"), 4), (Plan("tsp"), 2),
-                        (Plan("tsp", stack=3), 1)):
+                        (Plan("fsdp+sp"), 2), (Plan("tsp", stack=3), 1)):
         watch.run(lambda ranks=ranks, plan=plan: VirtualWorld(ranks).run(lambda comm: a_training_step(comm, plan)))
     watch.run(lambda: VirtualWorld(2).run(lambda comm: a_training_step(comm, Plan("tsp"), WITH_OPTIONS)))
     watch.run(a_training_step_of_the_references)

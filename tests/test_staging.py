@@ -29,7 +29,7 @@ from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 
 BOTH = pytest.mark.parametrize("gpu_aware", [False, True], ids=["staged", "gpu-aware"])
-PLANS = [(Plan(name), size) for name in ("tp", "sp", "tp+sp", "tsp") for size in (2, 4)]
+PLANS = [(Plan(name), size) for name in ("tp", "sp", "tp+sp", "fsdp+sp", "tsp") for size in (2, 4)]
 
 
 def train(comm: Communicator, plan: Plan, backend: CupyBackend | Any) -> str:

@@ -47,7 +47,8 @@ def lanes() -> list[Lane]:
     return record(4, Plan("tsp"))[0].lanes
 
 
-@pytest.mark.parametrize("plan", [Plan("tp"), Plan("sp"), Plan("tp+sp", "2x2"), Plan("tsp"), Plan(recompute="full")],
+@pytest.mark.parametrize("plan", [Plan("tp"), Plan("sp"), Plan("tp+sp", "2x2"), Plan("fsdp+sp"), Plan("tsp"),
+                                  Plan(recompute="full")],
                          ids=str)
 @pytest.mark.parametrize("seed", [None, 1])
 def test_spans_cover_the_step_and_messages_are_the_ledger_s(plan, seed):

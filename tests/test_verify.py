@@ -11,7 +11,7 @@ from tsp_ref.training.loop import Training
 from tsp_ref.training.strategy import Plan
 
 RANKS = 3
-SCHEDULES = ("tp", "sp", "tp+sp", "tsp")
+SCHEDULES = ("tp", "sp", "tp+sp", "fsdp+sp", "tsp")
 CONFIG = case_config("grouped-query", "float32", num_layers=1, blocks=4, num_kv_heads=4, tiles=4, batch_size=1)
 
 

@@ -119,7 +119,7 @@ def test_jitter_lengthens_a_computation_by_up_to_its_part_alike_for_one_seed() -
     assert all(1.0 < clock < 1.2 for row in found for clock in row)
 
 
-@pytest.mark.parametrize("schedule", ["tp", "sp", "tp+sp", "tsp"])
+@pytest.mark.parametrize("schedule", ["tp", "sp", "tp+sp", "fsdp+sp", "tsp"])
 def test_clocks_change_no_bit(schedule: str) -> None:
     config = case_config("plain", "float32", num_layers=1)
     found = TimedWorld(4, bandwidth=1e6, jitter=0.3).run(

@@ -43,9 +43,9 @@ def activation_bytes(config: Config, grid: Grid | None = None, recompute: str = 
     they are recomputed: queries and the heads' output (2·H·e/G), keys and values (2·K·e/G), a log-sum-exp for each
     head (H/G); gate and up (2·f/G), unless `full`.
 
-    folded: under TSP a rank computes with all blocks, not only with its own. So TSP and SP keep 1/N of what one process
-    keeps. TP keeps 1/N of what lies in blocks, but the inputs of all tokens: with `full`, when nothing else is kept,
-    that is all of it; on a mesh, 1/Σ.
+    folded: under TSP and FSDP+SP a rank computes with all blocks, not only with its own. So these two and SP keep
+    1/N of what one process keeps. TP keeps 1/N of what lies in blocks, but the inputs of all tokens: with `full`,
+    when nothing else is kept, that is all of it; on a mesh, 1/Σ.
     """
     grid = grid or alone(config)
     tokens = config.batch_size * config.tile_len * len(grid.slots)

@@ -8,7 +8,8 @@ from ..ops import attention as tile
 
 
 def step_flops(config: Config, grid: Grid, recompute: str = "none", folded: bool = False) -> dict[tuple[str, str], int]:
-    """FLOPs by (sub-layer, direction). folded: TSP, where a rank computes with all blocks, not only with its own.
+    """FLOPs by (sub-layer, direction). folded: TSP and FSDP+SP, where a rank computes with all blocks, not only
+    with its own.
 
     A product of a token with a matrix of E elements costs 2·E forward and 4·E backward (for the token's gradient and
     for the matrix's). Attention multiplies each query with the n keys that its tile sees, masked ones of its own tile

@@ -118,7 +118,7 @@ class Owners:
 
     def __init__(self, all_visits: Iterable[Visit]) -> None:
         self.visits = list(all_visits)
-        self.seen: set[tuple[Visit, str, str, int, int]] = set()  # weights that were posted for each visit
+        self.seen: set[tuple[Visit, str, str, int, int | None]] = set()  # weights that were posted for each visit
 
     def of(self, here: Visit, event: Event) -> Visit:
         """This one, one to come, or for gradients one that is over."""
@@ -129,10 +129,10 @@ class Owners:
             found = [here, *to_come]
         else:
             found = [*over, *to_come] if tag.endswith("GRADIENTS") else [*to_come, *over]
-        if event.block is None or not tag.endswith("WEIGHTS"):
+        if not tag.endswith("WEIGHTS"):
             return next(iter(found), here)
         # A forward that is recomputed is counted as the backward's, from which it may be prefetched. A sub-layer needs
-        # each block once: the second time it is for the next one.
+        # each block, or all of a rank's in one message, once: the second time it is for the next one.
         key = event.verb, tag, event.peer, event.block
         owner = next((visit for visit in found if (visit, *key) not in self.seen), here)
         self.seen.add((owner, *key))

@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..formulas.memory import activation_bytes, model_state_bytes
 from ..grid.grid import ALONE, Grid, Place, folded
 from ..model.config import Config
-from ..training.strategy import Plan, mesh_sides
+from ..training.strategy import FOLDED, Plan, mesh_sides
 
 SYSTEM = Path("/")
 
@@ -64,22 +64,23 @@ def _require(comm: Communicator, config: Config, plan: Plan, beside: Plan | None
 
 
 def grids(config: Config, plan: Plan, size: int) -> Iterator[Grid]:
-    """Every rank's grid under a plan; none for a schedule that there is not, which is refused elsewhere."""
-    weights, tokens = {"single": (1, 1), "tp": (size, 1), "sp": (1, size), "tsp": (size, size),
+    """Every rank's grid under a plan; none where the plan is impossible, which is refused, and explained, elsewhere."""
+    weights, tokens = {"single": (1, 1), "tp": (size, 1), "sp": (1, size),
                        "tp+sp": mesh_sides(plan.mesh, size) if plan.schedule == "tp+sp" else (1, 1)
                        }.get(plan.schedule, (0, 0))
-    if plan.schedule == "tsp":
+    if plan.schedule in FOLDED:
         places: Sequence[tuple[Place, Place]] = [folded(rank, size) for rank in range(size)]
     else:
         places = [(Place(one, weights) if weights > 1 else ALONE, Place(other, tokens) if tokens > 1 else ALONE)
                   for one in range(weights) for other in range(tokens)]
-    for weight_axis, token_axis in places:
-        yield Grid(config.blocks, config.tiles, config.tile_len, weight_axis, token_axis, plan.layout)
+    with suppress(UserError):
+        for weight_axis, token_axis in places:
+            yield Grid(config.blocks, config.tiles, config.tile_len, weight_axis, token_axis, plan.layout)
 
 
 def need_of(config: Config, grid: Grid, plan: Plan) -> Need:
     """What the rank with this grid must hold under a plan."""
-    kept = activation_bytes(config, grid, plan.recompute, plan.schedule == "tsp") if plan.recompute in (
+    kept = activation_bytes(config, grid, plan.recompute, plan.schedule in FOLDED) if plan.recompute in (
         "none", "attention", "full") else 0
     return Need(model_state_bytes(config, grid), kept)
 

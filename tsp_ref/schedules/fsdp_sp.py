@@ -27,10 +27,9 @@ from ..model.parameters import Parameters
 from ..model.tilewise import BlockSums
 from .all_gather import AllGather
 from .all_reduce import all_reduce
-from .gradients import ReduceToOwner
+from .gradients import ReduceToOwner, reduce_scatter
 from .keys_values import GatherKeysValues, ScatterKeysValues
-from .order import owned_blocks, ring_orders
-from .prefetch import LayerMessages, Prefetch, nothing
+from .prefetch import Prefetch, gathers_of_layer, nothing
 from .tags import Tag
 
 
@@ -114,8 +113,8 @@ def attention_backward(
     gain, normed = weights.gains[2 * layer], tilewise.normalise(model, saved.x, weights.gains[2 * layer])
     dnormed, scatter = BlockSums(model), ScatterKeysValues(comm, model)
     gather = gather or AllGather(comm, model, weights.attention[layer], Tag.ATTENTION_WEIGHTS)
-    exchange = exchange or all_keys_values(comm, model, saved)
-    exchange.post()
+    exchange = exchange or GatherKeysValues(comm, model, saved.keys_values, list(range(model.config.blocks)))
+    exchange.post(model.config.blocks)
     gather.post()
     blocks, dqs, dweights = gather.wait(), [], []
     for block, packed in enumerate(blocks):
@@ -235,38 +234,6 @@ def gains_backward(comm: Communicator, model: Model, dgain: Array, gradients: Pa
     gradients.gains[...] = all_reduce(comm, model.grid.slots_of, dgain, Tag.GAIN_GRADIENTS)
 
 
-def reduce_scatter(
-    comm: Communicator, model: Model, partials: list[Tree[Array]], out: Array, tag: Tag, tied: bool = False
-) -> ReduceToOwner:
-    """A sub-layer's gradients in flight to their owners: of every block, what others have computed of this rank's is
-    received, what this rank has computed of others' is sent."""
-    reduce = ReduceToOwner(comm, model, out, ring_orders(owned_blocks(model.grid)), tag, tied)
-    for step, (_, block) in enumerate(reduce.order):
-        reduce.receive(step)  # Irecv
-        reduce.send(step, partials[block])  # Isend
-    return reduce
-
-
-def all_keys_values(comm: Communicator, model: Model, saved: AttentionSaved) -> GatherKeysValues:
-    """The exchange of the keys and values that a layer has saved, or will when it is recomputed: of all heads at
-    once."""
-    blocks = model.config.blocks
-    return GatherKeysValues(comm, model, saved.keys_values, list(range(blocks)), ahead=blocks)
-
-
-def messages_of_layer(
-    comm: Communicator, model: Model, weights: Parameters, saved: Saved, layer: int
-) -> LayerMessages[AllGather, AllGather]:
-    """The messages of a layer's backward, none of them posted yet."""
-    attention, mlp = weights.attention[layer], weights.mlp[layer]
-    return LayerMessages(
-        attention_recomputed=AllGather(comm, model, attention, Tag.ATTENTION_WEIGHTS),
-        mlp_recomputed=AllGather(comm, model, mlp, Tag.MLP_WEIGHTS),
-        mlp=AllGather(comm, model, mlp, Tag.MLP_WEIGHTS),
-        keys_values=all_keys_values(comm, model, saved.attention[layer]),
-        attention=AllGather(comm, model, attention, Tag.ATTENTION_WEIGHTS))
-
-
 @phase("model", "forward")
 def model_forward(
     comm: Communicator, model: Model, weights: Parameters, tokens: Array, targets: Array
@@ -295,7 +262,7 @@ def model_forward(
 def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Parameters, gradients: Parameters) -> None:
     """Writes the gradient of the loss, for this rank's blocks, into `gradients`; uses up what was saved."""
     dgain = model.empty("working", len(model.grid.slots), *weights.gains.shape)
-    messages_of = [messages_of_layer(comm, model, weights, saved, layer) for layer in range(model.config.num_layers)]
+    messages_of = [gathers_of_layer(comm, model, weights, saved, layer) for layer in range(model.config.num_layers)]
     prefetch = messages_of[-1].post_first(model.recompute)
     dx, reduce = head_backward(comm, model, saved.head, saved.targets, weights, gradients, dgain, prefetch)
     del saved.head  # which nothing below needs

@@ -17,7 +17,7 @@ from ..comm.communicator import Communicator
 from ..comm.request import Request
 from ..grid.tree import Node, Tree, cover
 from ..model.model import Model
-from .order import Order
+from .order import Order, owned_blocks, ring_orders
 from .tags import Tag
 
 IN_FLIGHT = 2
@@ -108,6 +108,18 @@ class ReduceToOwner:
         for out, tree in zip(self.out, self.trees.values()):
             out[...] = out + tree.total if self.tied else tree.total
         self.trees.clear()
+
+
+def reduce_scatter(
+    comm: Communicator, model: Model, partials: list[Tree[Array]], out: Array, tag: Tag, tied: bool = False
+) -> ReduceToOwner:
+    """A sub-layer's gradients in flight to their owners: of every block, what others have computed of this rank's is
+    received, what this rank has computed of others' is sent."""
+    reduce = ReduceToOwner(comm, model, out, ring_orders(owned_blocks(model.grid)), tag, tied)
+    for step, (_, block) in enumerate(reduce.order):
+        reduce.receive(step)  # Irecv
+        reduce.send(step, partials[block])  # Isend
+    return reduce
 
 
 class AllReduceGradients(ReduceToOwner):

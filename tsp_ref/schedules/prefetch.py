@@ -9,6 +9,7 @@ from ..comm.communicator import Communicator
 from ..model.activations import Saved
 from ..model.model import Model
 from ..model.parameters import Parameters
+from .all_gather import AllGather
 from .keys_values import GatherKeysValues
 from .ring import Broadcast, Ring
 from .tags import Tag
@@ -65,3 +66,17 @@ def messages_of_layer(
         keys_values=GatherKeysValues(  # which recomputation will fill again, in the same dictionary
             comm, model, saved.attention[layer].keys_values, [block for _, block in broadcast.order]),
         attention=broadcast)
+
+
+def gathers_of_layer(
+    comm: Communicator, model: Model, weights: Parameters, saved: Saved, layer: int
+) -> LayerMessages[AllGather, AllGather]:
+    """The messages of a layer's backward under FSDP+SP, none of them posted yet; keys and values are of all heads at
+    once."""
+    attention, mlp, blocks = weights.attention[layer], weights.mlp[layer], range(model.config.blocks)
+    return LayerMessages(
+        attention_recomputed=AllGather(comm, model, attention, Tag.ATTENTION_WEIGHTS),
+        mlp_recomputed=AllGather(comm, model, mlp, Tag.MLP_WEIGHTS),
+        mlp=AllGather(comm, model, mlp, Tag.MLP_WEIGHTS),
+        keys_values=GatherKeysValues(comm, model, saved.attention[layer].keys_values, list(blocks), ahead=len(blocks)),
+        attention=AllGather(comm, model, attention, Tag.ATTENTION_WEIGHTS))
