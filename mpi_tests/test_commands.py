@@ -240,7 +240,8 @@ def test_an_impossible_request_is_one_line_and_exit_code_2(n, request_, tmp_path
 
 
 ALSO_REFUSED = {
-    "--preset huge": "preset=huge is unknown: use one of tiny, small, bench, smollm-135m, tinyllama-1.1b, llama-3-8b, qwen3-0.6b, 7b",
+    "--preset huge": "preset=huge is unknown: use one of tiny, small, bench, smollm-135m, tinyllama-1.1b, llama-3-8b, "
+                     "qwen3-0.6b, 7b",
     "--preset 7b": "preset=7b is only for planning",
     "--set num_heads=4": "num_heads=4 is not a multiple of num_kv_heads=8: use 8",
     "--set num_kv_heads=4": "num_kv_heads=4 is not a multiple of blocks=8: use 8",

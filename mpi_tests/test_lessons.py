@@ -98,8 +98,8 @@ def test_lesson_18_runs_on_a_strict_stand_in_for_a_gpu():
     assert "On a GPU: CuPy 0 (a stand-in)" in ended.output and "No GPU" not in ended.output
 
 
-def test_there_are_eighteen_lessons_numbered_without_a_gap():
-    assert [name[:2] for name in LESSONS] == [f"{number:02}" for number in range(1, 19)]
+def test_there_are_nineteen_lessons_numbered_without_a_gap():
+    assert [name[:2] for name in LESSONS] == [f"{number:02}" for number in range(1, 20)]
 
 
 FAILING = """

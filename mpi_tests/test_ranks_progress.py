@@ -56,7 +56,7 @@ def test_every_way_of_progress_over_a_slow_link_gives_the_same_bits(comm, schedu
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.ranks(4)
 def test_fifty_runs_with_random_delays_each_give_the_same_bits(comm, schedule):
-    """Four schedules, so 200 runs."""
+    """Fifty for each schedule."""
     truth = wanted(comm, SMALLEST)
     for seed in range(50):
         comm.travel_by(PROGRESS[seed % 2], RandomDelays(4 * seed + comm.rank))

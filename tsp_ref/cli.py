@@ -234,7 +234,7 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schedule", default="tsp", metavar="|".join(SCHEDULES),
                         help="single: the reference, one process; tp: tensor parallelism, weights dealt out; sp: "
                              "sequence parallelism, tokens dealt out; tp+sp: both, on a mesh; tsp: both, folded on the "
-                             "same ranks (default)")
+                             "same ranks, block by block (default); fsdp+sp: the same, a sub-layer's weights at once")
     parser.add_argument("--mesh", metavar="TxS",
                         help="for tp+sp: T ranks for weights by S ranks for tokens, as 2x4 (as square as N allows)")
     _layout_options(parser)

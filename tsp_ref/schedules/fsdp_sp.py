@@ -268,19 +268,17 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
     del saved.head  # which nothing below needs
     for layer in reversed(range(model.config.num_layers)):
         messages, attention = messages_of.pop(), saved.attention[-1]
-        if model.recompute == "full":
-            x = attention_forward(comm, model, attention.x, weights, layer, messages.attention_recomputed,
-                                  messages.mlp_recomputed.post, attention)[0]
-            saved.mlp[-1] = mlp_forward(
-                comm, model, x, weights, layer, messages.mlp_recomputed, messages.mlp.post)[1]
+        if model.recompute != "none":  # before the MLP's backward, under which attention's keys and values then travel
+            prefetch = messages.mlp_recomputed.post if model.recompute == "full" else messages.mlp.post
+            x = attention_forward(comm, model, attention.x, weights, layer, messages.attention_recomputed, prefetch,
+                                  attention)[0]
+            if model.recompute == "full":
+                saved.mlp[-1] = mlp_forward(
+                    comm, model, x, weights, layer, messages.mlp_recomputed, messages.mlp.post)[1]
             del x  # which from here on only the MLP's backward needs
-        prefetch = messages.attention_recomputed.post if model.recompute == "attention" else messages.post_attention
         dx, reduce_mlp = mlp_backward(
-            comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain, messages.mlp, prefetch)
+            comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain, messages.mlp, messages.post_attention)
         reduce.finish()
-        if model.recompute == "attention":
-            attention_forward(comm, model, attention.x, weights, layer, messages.attention_recomputed,
-                              messages.post_attention, attention)
         del attention
         prefetch = messages_of[-1].post_first(model.recompute) if messages_of else nothing
         dx, reduce = attention_backward(comm, model, dx, saved.attention.pop(), weights, layer, gradients, dgain,

@@ -45,7 +45,7 @@ class LayerMessages(NamedTuple, Generic[Heads, Columns]):
 
     def post_first(self, recompute: str) -> Prefetch:
         """The post of what the layer's backward begins with."""
-        return self.attention_recomputed.post if recompute == "full" else self.mlp.post
+        return self.mlp.post if recompute == "none" else self.attention_recomputed.post
 
     def post_attention(self) -> None:
         """Post what attention's backward begins with."""
