@@ -100,9 +100,10 @@ def test_a_forward_goes_up_the_layers_and_a_backward_down():
         places = [str(visit) for visit in dict.fromkeys(visits(script, 2)) if visit.sublayer not in ("", "model")]
     assert places == [
         "embedding forward", "attention forward, layer 0", "mlp forward, layer 0", "attention forward, layer 1",
-        "mlp forward, layer 1", "head forward", "loss forward", "head backward", "mlp backward, layer 1",
-        "attention backward, layer 1, its forward recomputed", "attention backward, layer 1", "mlp backward, layer 0",
-        "attention backward, layer 0, its forward recomputed", "attention backward, layer 0", "embedding backward",
+        "mlp forward, layer 1", "head forward", "loss forward", "head backward",
+        "attention backward, layer 1, its forward recomputed", "mlp backward, layer 1", "attention backward, layer 1",
+        "attention backward, layer 0, its forward recomputed", "mlp backward, layer 0", "attention backward, layer 0",
+        "embedding backward",
         "gains backward", *["optimizer backward"] * 2]
 
 
