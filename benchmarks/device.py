@@ -20,7 +20,7 @@ class Pool:
 def hook_into(pool: Pool, base: type[Any]) -> Any:
     """A `cupy.cuda.MemoryHook` that keeps `pool`. Bytes are the pool's own, rounded up by it.
 
-    From zero on: a hook that is never called is a pool that disagrees with the books, not one that is not there.
+    From zero on: a hook that is never called is a pool that disagrees with the accounts, not one that is not there.
     """
     pool.used = pool.peak = 0
 

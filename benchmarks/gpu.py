@@ -1,4 +1,4 @@
-"""tsp_ref on a GPU: are the bits equal, does the memory agree with the books, and how fast is it against PyTorch.
+"""tsp_ref on a GPU: are the bits equal, does the memory agree with the accounts, and how fast is it against PyTorch.
 
     python benchmarks/gpu.py                                     everything, on a GPU of about 64 GB; writes gpu.json
     python benchmarks/gpu.py --set num_layers=2 hidden_size=2048 ffn_size=5504 num_heads=16 num_kv_heads=16
@@ -10,7 +10,7 @@ Four parts, on a GPU of NVIDIA's or AMD's that CuPy sees:
 equality     `verify --backend cupy` under mpiexec: N ranks, which share the GPU if there is one, against a single
              process on it, every bit of every activation, gradient, weight and moment, in float32 and float64
 against_cpu  losses and gradient norms of a few steps, against NumPy on the processor, by tolerance
-memory       what CuPy's pool gave out in a step, at most and after it, against the books (NumPy's, which count every
+memory       what CuPy's pool gave out in a step, at most and after it, against the accounts (NumPy's, which count every
              array), by tolerance: a pool rounds up, and the library may hold more than the program asks it for
 step         a training step against PyTorch eager on the same GPU, by turns, in float32, TensorFloat-32 off in both;
              both models are in the GPU's memory at once. Without a PyTorch that sees the GPU only tsp_ref is timed
@@ -173,29 +173,31 @@ def largest_gap(some: Steps, others: Steps) -> float:
 
 
 def memory(benchmark: Benchmark) -> Part:
-    """CuPy's pool against the books, on a model whose every array NumPy can count in seconds."""
+    """CuPy's pool against the accounts, on a model whose every array NumPy can count in seconds."""
     options = benchmark.options
     config = make_config(options.memory)
     commands = {"gpu": (rank_command(config, "single", options.backend), 1, 1),
                 "cpu": (rank_command(config, "single"), 1, 1)}
     with workers(commands) as started:
         peak, pool = started["cpu"].ask("count")["peak_bytes"], started["gpu"].ask("device")
-    part = compared(peak, pool["books_held"], pool["pool_peak"], pool["pool_held"], options.memory_tolerance)
+    part = compared(peak, pool["accounts_held"], pool["pool_peak"], pool["pool_held"], options.memory_tolerance)
     part["preset"] = options.memory
     if part["checked"]:
-        benchmark.say(f"at most: books {short(peak)}B, pool {short(pool['pool_peak'])}B, {part['over_peak']:.3f}; "
-                      f"after the step: {short(pool['books_held'])}B and {short(pool['pool_held'])}B, "
+        benchmark.say(f"at most: accounts {short(peak)}B, pool {short(pool['pool_peak'])}B, {part['over_peak']:.3f}; "
+                      f"after the step: {short(pool['accounts_held'])}B and {short(pool['pool_held'])}B, "
                       f"{part['over_held']:.3f} (allowed: 1 within {options.memory_tolerance:g})")
     return part
 
 
-def compared(books_peak: int, books_held: int, pool_peak: int | None, pool_held: int | None, tolerance: float) -> Part:
-    """What a pool gave out against what the books say; bytes."""
-    known = {"books_peak_bytes": books_peak, "books_held_bytes": books_held, "device_peak_bytes": pool_peak,
+def compared(
+    accounts_peak: int, accounts_held: int, pool_peak: int | None, pool_held: int | None, tolerance: float
+) -> Part:
+    """What a pool gave out against what the accounts say; bytes."""
+    known = {"accounts_peak_bytes": accounts_peak, "accounts_held_bytes": accounts_held, "device_peak_bytes": pool_peak,
              "device_held_bytes": pool_held, "tolerance": tolerance}
     if pool_peak is None or pool_held is None:
         return unchecked("NumPy has no pool of its own to compare with", **known, over_peak=None, over_held=None)
-    over_peak, over_held = pool_peak / books_peak, pool_held / books_held
+    over_peak, over_held = pool_peak / accounts_peak, pool_held / accounts_held
     holds = max(abs(over_peak - 1), abs(over_held - 1)) <= tolerance
     return {"checked": True, "holds": holds, **known, "over_peak": over_peak, "over_held": over_held}
 
@@ -268,7 +270,7 @@ def own_options(parser: argparse.ArgumentParser) -> None:
                         help="seconds after which one `verify` counts as failed (600)")
     parser.add_argument("--memory", default="bench", choices=sizes, help="preset whose memory is compared (bench)")
     parser.add_argument("--memory-tolerance", type=float, default=0.1, metavar="X",
-                        help="how far the pool may be from the books, relative (0.1)")
+                        help="how far the pool may be from the accounts, relative (0.1)")
     parser.add_argument("--tolerance", type=float, default=1e-3, metavar="X",
                         help="largest relative difference of losses and gradient norms from PyTorch's (1e-3)")
 

@@ -52,7 +52,7 @@ def main(comm: Communicator) -> int:
             fresh = Training(config, comm, Plan(schedule), text, backend)
             fresh.step()
             backend.synchronise()
-            return {"pool_peak": pool.peak, "pool_held": pool.used, "books_held": fresh.model.memory.total}
+            return {"pool_peak": pool.peak, "pool_held": pool.used, "accounts_held": fresh.model.memory.total}
 
     def pool() -> dict[str, Any]:
         """What the device's pool has taken until now."""

@@ -103,28 +103,28 @@ def completes_alone(comm: Communicator, nbytes: int) -> bool:
 def send_first(comm: Communicator, mine: Array) -> Array:
     """The deadlock: a blocking send is a send and its Wait, and every rank does that before it receives."""
     left, right = neighbours(comm)
-    coming = np.empty_like(mine)
+    incoming = np.empty_like(mine)
     comm.Wait(comm.Isend(mine, right, Tag.SHIFT))
-    comm.Wait(comm.Irecv(coming, left, Tag.SHIFT))
-    return coming
+    comm.Wait(comm.Irecv(incoming, left, Tag.SHIFT))
+    return incoming
 
 
 def receive_first(comm: Communicator, mine: Array) -> Array:
     """One cure: the receive is already posted when the rank blocks in its send."""
     left, right = neighbours(comm)
-    coming = np.empty_like(mine)
-    receive = comm.Irecv(coming, left, Tag.SHIFT)
+    incoming = np.empty_like(mine)
+    receive = comm.Irecv(incoming, left, Tag.SHIFT)
     comm.Wait(comm.Isend(mine, right, Tag.SHIFT))
     comm.Wait(receive)
-    return coming
+    return incoming
 
 
 def both_then_wait(comm: Communicator, mine: Array) -> Array:
     """The other cure, and this project's habit: post everything, in any order, and only then wait."""
     left, right = neighbours(comm)
-    coming = np.empty_like(mine)
-    comm.Waitall([comm.Isend(mine, right, Tag.SHIFT), comm.Irecv(coming, left, Tag.SHIFT)])
-    return coming
+    incoming = np.empty_like(mine)
+    comm.Waitall([comm.Isend(mine, right, Tag.SHIFT), comm.Irecv(incoming, left, Tag.SHIFT)])
+    return incoming
 
 
 Exchange = Callable[[Communicator, Array], Array]

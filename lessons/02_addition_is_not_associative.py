@@ -248,7 +248,7 @@ def post_receives(comm: Communicator) -> list[tuple[int, Array, Request]]:
 
 def sum_over_ranks(comm: Communicator, mine: dict[int, Array], generator: np.random.Generator) -> Sum:
     """Add up all parts of all ranks as they come: one by one, and in the tree."""
-    coming, sends = post_receives(comm), send_parts(comm, mine, generator)
+    incoming, sends = post_receives(comm), send_parts(comm, mine, generator)
     order, naive, tree = [], np.zeros(LENGTH, dtype=np.float32), Tree[Array](range(PARTS))
 
     def add(part: int, array: Array) -> None:
@@ -258,8 +258,8 @@ def sum_over_ranks(comm: Communicator, mine: dict[int, Array], generator: np.ran
 
     for part, array in mine.items():
         add(part, array.copy())  # the tree adds in place, and the array itself is still in flight
-    while coming:
-        part, array, _ = coming.pop(comm.Waitany([request for _, _, request in coming]))
+    while incoming:
+        part, array, _ = incoming.pop(comm.Waitany([request for _, _, request in incoming]))
         add(part, array)
     comm.Waitall(sends)
     return Sum(order, naive, tree.total)

@@ -310,17 +310,19 @@ def show_backward(lesson: Lesson, steps: Steps) -> None:
                "values: for all in the first half of the text, for some in the second. TSP, bytes of a layer:")
     weights = sum(bytes_of(step, part, "backward", f"{part.upper()}_WEIGHTS") for part in LAYER)
     gradients = sum(bytes_of(step, part, "backward", f"{part.upper()}_GRADIENTS") for part in LAYER)
-    keys, home = (bytes_of(step, "attention", "backward", name) for name in ("KEYS_VALUES", "KEYS_VALUES_GRADIENTS"))
+    keys, scattered = (
+        bytes_of(step, "attention", "backward", name) for name in ("KEYS_VALUES", "KEYS_VALUES_GRADIENTS"))
     table = table_with("rank", "keys, values", "their gradients", "ratio", "weights", "their gradients", "ratio")
-    rows = over_ranks(lesson, [keys, home, weights, gradients])
+    rows = over_ranks(lesson, [keys, scattered, weights, gradients])
     for name, row in [*((str(rank), row) for rank, row in enumerate(rows)), ("all", np.sum(rows, axis=0).tolist())]:
         table.add_row(name, f"{row[0] // layers:,}", f"{row[1] // layers:,}", f"{row[1] / row[0]:.3f}",
                       f"{row[2] // layers:,}", f"{row[3] // layers:,}", f"{row[3] / row[2]:.3f}")
     lesson.say(table)
     sums = np.sum(rows, axis=0).tolist()
     if even(lesson.size):
+        numbers = Formulas.of(CONFIG).reduced(Place(lesson.rank, lesson.size))
         lesson.check("gradients of keys and values: rank r sends B S h / g (2(N-1) - r)/N numbers a layer",
-                     home == Formulas.of(CONFIG).reduced(Place(lesson.rank, lesson.size)) * itemsize(CONFIG) * layers)
+                     scattered == numbers * itemsize(CONFIG) * layers)
         lesson.check("all ranks together: 3/4 of the keys and values", 4 * sums[1] == 3 * sums[0])
         lesson.check("gradients of weights: as many bytes as the weights", sums[2] == sums[3])
     show_sums(lesson, steps, sums[3])
@@ -329,8 +331,8 @@ def show_backward(lesson: Lesson, steps: Steps) -> None:
 def show_sums(lesson: Lesson, steps: Steps, by_tsp: int) -> None:
     """Who needs a weight's gradient, under TSP and under SP."""
     sp, tsp = steps[Plan("sp")].sent, steps[Plan("tsp")].sent
-    home = sum(bytes_of(sp, purpose=f"{part.upper()}_GRADIENTS") for part in LAYER)
-    rows = over_ranks(lesson, [home, layer_bytes(sp, "backward"), layer_bytes(tsp, "backward")])
+    reduced = sum(bytes_of(sp, purpose=f"{part.upper()}_GRADIENTS") for part in LAYER)
+    rows = over_ranks(lesson, [reduced, layer_bytes(sp, "backward"), layer_bytes(tsp, "backward")])
     by_sp, backward_sp, backward_tsp = (sum(column) for column in zip(*rows))
     whole = int(Formulas.of(CONFIG).weights) * itemsize(CONFIG) * CONFIG.num_layers
     lesson.say("A weight's gradient is needed where the weight is: under TSP by one rank, under SP by all. All\n"
@@ -364,14 +366,14 @@ def show_uneven(lesson: Lesson, steps: Steps) -> None:
         table.add_row(f"{size}" + " <" * (size == lesson.size), most_pieces(size), *(
             f"{float(row[kind]):.3f}" for kind in kinds))
     lesson.say(table)
-    home = (("sp", "backward"), ("tsp", "backward"))
+    summing = (("sp", "backward"), ("tsp", "backward"))
     mine = {kind: sum(rows[0] for rows in over_ranks(lesson, [layer_bytes(steps[Plan(kind[0])].sent, kind[1])]))
             for kind in kinds}
     lesson.check(f"the row of N={lesson.size} is what was counted here, to the byte", all(
         number == ratios[lesson.size][kind] * smooth(*kind, lesson.size) * itemsize(CONFIG)
         for kind, number in mine.items()))
     lesson.check("no N sends less; 2, 4 and 8 send just that, and each other N more in the backward of SP and TSP", all(
-        min(row.values()) >= 1 and all((row[kind] == 1) == even(size) for kind in home)
+        min(row.values()) >= 1 and all((row[kind] == 1) == even(size) for kind in summing)
         and (max(row.values()) == 1) == even(size) for size, row in ratios.items()))
 
 

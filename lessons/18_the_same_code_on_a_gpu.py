@@ -227,25 +227,25 @@ def exchange(comm: Communicator, stream: Stream, ways: Ways) -> Notes:
     left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
     notes, factor, x = Notes(), factor_of(comm.rank), start_of(comm.rank)
     y, aside = np.zeros_like(x), np.zeros_like(x)
-    leaving, coming = np.zeros_like(x), np.zeros_like(x[0])  # pinned
+    outgoing, incoming = np.zeros_like(x), np.zeros_like(x[0])  # pinned
     free: Event | None = None
     for _ in range(ROUNDS):
         stream.launch(partial(np.matmul, x, factor, out=y))  # [PIECES, SIDE, SIDE] @ [SIDE, SIDE]
         stream.launch(lambda: notes.made.append(y.copy()))
-        staged = [ways.stage_out(stream, y[piece], leaving[piece]) for piece in range(PIECES)]
+        staged = [ways.stage_out(stream, y[piece], outgoing[piece]) for piece in range(PIECES)]
         for _ in range(BEHIND):
             stream.launch(partial(np.add, aside, 1, out=aside))
         carried = []
         for piece in range(PIECES):
             if free is not None:
                 free.wait()
-            message = comm.Irecv(coming, left, Tag.PIECE)
-            sent = ways.send(comm, staged[piece], leaving[piece], right)
+            message = comm.Irecv(incoming, left, Tag.PIECE)
+            sent = ways.send(comm, staged[piece], outgoing[piece], right)
             notes.behind += [len(stream.queue)] * (piece == 0)
-            free = ways.stage_in(comm, stream, message, coming, x[piece])
+            free = ways.stage_in(comm, stream, message, incoming, x[piece])
             notes.unhurried.append(len(stream.queue) > 1)  # more than the mark
             comm.Waitall([message, sent])
-            carried.append(coming.copy())
+            carried.append(incoming.copy())
         notes.came.append(np.stack(carried))
     stream.synchronise()
     notes.copied = stream.copied
@@ -351,24 +351,24 @@ def show_cure(lesson: Lesson) -> bool:
     lesson.part("Recorded, and waited for")
     others = lesson.rank > 0
     out, back = Ways(stage_out, send, GIVEN.stage_in), Ways(GIVEN.stage_out, GIVEN.send, stage_in)
-    leaving, coming = ({pace: Rehearsal() if others else rehearse(ways, pace) for pace in PACES}
+    outgoing, incoming = ({pace: Rehearsal() if others else rehearse(ways, pace) for pace in PACES}
                        for ways in (out, back))
-    for text in dict.fromkeys(seen.error for seen in (*leaving.values(), *coming.values()) if seen.error):
+    for text in dict.fromkeys(seen.error for seen in (*outgoing.values(), *incoming.values()) if seen.error):
         lesson.say(f"  {escape(text)}")
     lesson.say("Behind each product's copy a mark is queued: an event. The message leaves when the device has come to\n"
                f"it. The {BEHIND} pieces of work behind it, which no message needs, go on under the message. A wait "
                "for the whole\nstream would be right, too, and would leave the device without work.")
-    right_out, right_back = all(s.right for s in leaving.values()), all(s.right for s in coming.values())
+    right_out, right_back = all(s.right for s in outgoing.values()), all(s.right for s in incoming.values())
     lesson.check("stage_out, send: each product is made from the right numbers, whatever the device's pace",
                  others or right_out)
     lesson.check("send: when a message leaves, what is queued behind its copy is still queued on a late device",
-                 others or (bool(leaving["late"].notes)
-                            and all(min(notes.behind) >= BEHIND for notes in leaving["late"].notes)))
+                 others or (bool(outgoing["late"].notes)
+                            and all(min(notes.behind) >= BEHIND for notes in outgoing["late"].notes)))
     lesson.check("stage_in: each product is made from the right numbers, whatever the device's pace",
                  others or right_back)
     lesson.check("stage_in: the copy to the device is left to the stream, not waited for",
-                 others or (bool(coming["late"].notes)
-                            and all(all(notes.unhurried) for notes in coming["late"].notes)))
+                 others or (bool(incoming["late"].notes)
+                            and all(all(notes.unhurried) for notes in incoming["late"].notes)))
     possible = np.array([right_out and right_back], dtype=np.int64)
     return bool(all_gather(lesson.comm, possible)[0][0])
 

@@ -100,7 +100,8 @@ def show_bytes(lesson: Lesson, steps: dict[str, Step]) -> None:
     lesson.say(table)
     lesson.say("Of all ranks together. A block of weights must come to N - 1 ranks, and each rank needs it once in the "
                "forward: (N - 1)·W bytes, by whatever way. The step's other bytes are keys, values and gradients.")
-    lesson.check("one digest: both train the same bits", lesson.rank > 0 or len({s.digest for s in steps.values()}) == 1)
+    digests = {step.digest for step in steps.values()}
+    lesson.check("one digest: both train the same bits", lesson.rank > 0 or len(digests) == 1)
     lesson.check("weights cost (N - 1)·W bytes in the forward under both",
                  all(total[1] == (lesson.size - 1) * weights_formula(CONFIG) for total in totals.values()))
     lesson.check("and the whole step costs as many bytes under both", totals["tsp"][2] == totals["fsdp+sp"][2])
@@ -140,8 +141,8 @@ def show_grain(lesson: Lesson, title: str, configs: list[Config], what: str) -> 
 def show_widths(lesson: Lesson) -> None:
     """The wider the MLP, the more FSDP+SP gathers at once."""
     found = show_grain(lesson, "Another grain: weights", WIDER, "ffn_size")
-    lesson.say("Bytes of rank 0. FSDP+SP receives a sub-layer's weights whole, and the next one's under them; TSP holds "
-               "the block in use, the next, and the one that is sent on.")
+    lesson.say("Bytes of rank 0. FSDP+SP receives a sub-layer's weights whole, and the next one's under them; TSP "
+               "holds the block in use, the next, and the one that is sent on.")
     lesson.check("FSDP+SP holds a whole sub-layer's weights of the other ranks at its peak", all(
         steps["fsdp+sp"].buffers >= gathered_bytes(config, steps["fsdp+sp"].grid)
         for config, steps in zip(WIDER, found)))

@@ -17,10 +17,10 @@ class Answer:
     fails: tuple[str, ...] = ()
 
 
-BOTH = "under_way = [comm.Irecv(coming, left, Tag.MATRIX), comm.Isend(held, right, Tag.MATRIX)]"
+BOTH = "in_flight = [comm.Irecv(incoming, left, Tag.MATRIX), comm.Isend(held, right, Tag.MATRIX)]"
 SEND = "comm.Isend(held, right, Tag.MATRIX)"
-RECEIVE = "comm.Irecv(coming, left, Tag.MATRIX)"
-LOOK, WAIT = "testall(comm, under_way)", "comm.Waitall(under_way)"
+RECEIVE = "comm.Irecv(incoming, left, Tag.MATRIX)"
+LOOK, WAIT = "testall(comm, in_flight)", "comm.Waitall(in_flight)"
 
 
 def ring(before: str, between: str, after: str, fails: tuple[str, ...] = ()) -> Answer:
@@ -30,8 +30,8 @@ def overlapped(comm, own, spare, multiply):
     left, right = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
     held = own
     for step in range(comm.size):
-        under_way, last = [], step + 1 == comm.size
-        coming = spare[step % 2]
+        in_flight, last = [], step + 1 == comm.size
+        incoming = spare[step % 2]
         if not last:
             {before}
         for tile in range(TILES):
@@ -39,7 +39,7 @@ def overlapped(comm, own, spare, multiply):
             multiply(step, tile, held)
         if not last:
             {after}
-        held = coming
+        held = incoming
 """, fails)
 
 
@@ -58,7 +58,7 @@ def hidden(messages, computation, both):
     return 1 - (both - max(messages, computation)) / min(messages, computation)
 """),
     "15: looks after every second product": ring(BOTH, f"if tile % 2: {LOOK}", WAIT),
-    "15: the send first": ring(f"under_way = [{SEND}, {RECEIVE}]", "[comm.Test(each) for each in under_way]", WAIT),
+    "15: the send first": ring(f"in_flight = [{SEND}, {RECEIVE}]", "[comm.Test(each) for each in in_flight]", WAIT),
     "16: one of four": Answer(TRACE, """
 def bandwidth(pair):
     return pair.sent.size / max(pair.received.end - max(pair.sent.begin, pair.received.begin), 1e-12)
@@ -109,11 +109,11 @@ def hidden(messages, computation, both):
     "15: one look, before the first product": ring(BOTH, f"if tile == 0: {LOOK}", WAIT, (COMPLETE,)),
     "15: all posted after the products": ring("pass", LOOK, f"{BOTH}; {WAIT}", (POSTED, COMPLETE)),
     "15: the receive posted after the products": ring(
-        f"under_way = [{SEND}]", LOOK, f"under_way.append({RECEIVE}); {WAIT}", (POSTED, COMPLETE)),
-    "15: one buffer": ring(f"coming = spare[0]; {BOTH}", LOOK, WAIT, (BITS,)),
-    "15: the send not waited for": ring(BOTH, LOOK, "comm.Wait(under_way[0])", (BITS,)),
+        f"in_flight = [{SEND}]", LOOK, f"in_flight.append({RECEIVE}); {WAIT}", (POSTED, COMPLETE)),
+    "15: one buffer": ring(f"incoming = spare[0]; {BOTH}", LOOK, WAIT, (BITS,)),
+    "15: the send not waited for": ring(BOTH, LOOK, "comm.Wait(in_flight[0])", (BITS,)),
     "15: everybody sends first, and waits": ring(
-        f"comm.Wait({SEND}); under_way = [{RECEIVE}]", LOOK, WAIT, (BITS, POSTED, COMPLETE)),
+        f"comm.Wait({SEND}); in_flight = [{RECEIVE}]", LOOK, WAIT, (BITS, POSTED, COMPLETE)),
     "16: waited_share not written": Answer(
         TRACE, "def waited_share(lane): ...", ("waited_share: ", "waited_share is")),
     "16: waits since the clock's zero": Answer(TRACE, """
@@ -130,9 +130,9 @@ def bandwidth(pair):
     return pair.received.size / (pair.received.end - pair.received.begin)
 """, ("bandwidth: ",)),
     "16: a time counts twice": Answer(TRACE, """
-def hidden_seconds(lane, coming):
+def hidden_seconds(lane, incoming):
     return sum(max(0.0, min(end, span.end) - max(begin, span.begin))
-               for begin, end in map(on_its_way, coming) for span in lane.spans if span.what == "compute")
+               for begin, end in map(on_its_way, incoming) for span in lane.spans if span.what == "compute")
 """, ("hidden_seconds: ", "hidden_seconds is")),
     "17: nothing written": Answer(TIME, """
 def product_flops(left, right): ...

@@ -79,7 +79,7 @@ def single_training(config: Config, text: Text) -> Training:
 
 
 def digest_after(config: Config, plan: Plan, comm: Communicator, steps: int) -> str:
-    """The digest, on rank 0, of a run of some steps, after which no message is left under way."""
+    """The digest, on rank 0, of a run of some steps, after which no message is left in flight."""
     training = Training(config, comm, plan, random_text(), np)
     for _ in range(steps):
         training.step()

@@ -68,7 +68,7 @@ def on_gpus(
     size: int, main: Callable[[Communicator, CupyBackend], Result], gpu_aware: bool = False, seed: int | None = None,
     backend: type[CupyBackend] = CupyBackend
 ) -> list[Result]:
-    """main(communicator, backend) on every rank; what each returns, once nothing is left under way."""
+    """main(communicator, backend) on every rank; what each returns, once nothing is left in flight."""
     world = VirtualWorld(size, seed)
     world.communicators = [GpuCommunicator(world, rank) for rank in range(size)]
 

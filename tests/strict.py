@@ -97,7 +97,7 @@ class Stream:
 
     @alone
     def launch(self, reads: list[np.ndarray], writes: list[np.ndarray], late: Callable[[], Any] | None = None) -> None:
-        """Enter an operation in the books of the memory that it touches."""
+        """Enter an operation in the accounts of the memory that it touches."""
         self.gpu.require_current()
         merge(self.clock, self.gpu.host)
         self.clock[self.number] = place = self.clock.get(self.number, 0) + 1
@@ -379,7 +379,7 @@ class Gpu:
 
 
     def memory_of(self, raw: np.ndarray) -> Allocation:
-        """The books of the memory that an array lies in."""
+        """The accounts of the memory that an array lies in."""
         owner = raw
         while isinstance(owner.base, np.ndarray):
             owner = owner.base

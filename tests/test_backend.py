@@ -69,13 +69,13 @@ def test_so_have_other_models_and_recomputation(case: str, recompute: str) -> No
     assert digest_on(CupyBackend(StrictCupy()), plan, 2, config) == digest_on(np, Plan("single"), 1, config)
 
 
-def test_the_books_of_memory_are_the_same_on_the_stand_in() -> None:
+def test_the_accounts_of_memory_are_the_same_on_the_stand_in() -> None:
     def held(library: Any) -> list[Any]:
-        def books(comm: Communicator) -> Any:
+        def accounts(comm: Communicator) -> Any:
             memory = trained(CONFIG, comm, Plan("tsp"), library).model.memory
             return memory.peak, memory.total_peak, memory.peaks
 
-        return VirtualWorld(2).run(books)
+        return VirtualWorld(2).run(accounts)
 
     assert held(CupyBackend(StrictCupy())) == held(np)
 

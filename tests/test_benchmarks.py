@@ -226,7 +226,7 @@ def test_a_dry_run_of_the_gpu_s_benchmark_writes_every_field_and_claims_no_gpu(t
     row, = written["against_cpu"]["rows"]
     assert row["largest_relative_gap"] == 0 and len(row["losses"]) == len(row["norms"]) == 3
     assert written["memory"]["reason"] == "NumPy has no pool of its own to compare with"
-    assert written["memory"]["books_peak_bytes"] > written["memory"]["books_held_bytes"] > 0
+    assert written["memory"]["accounts_peak_bytes"] > written["memory"]["accounts_held_bytes"] > 0
     assert written["step"]["reason"] == "no GPU was used" and written["step"]["flops"] > 0
     assert list(written["step"]["rows"]) == ["tsp_ref, 1 process"]
     for name in ("memory", "step"):
@@ -250,7 +250,7 @@ def gpu_modules(monkeypatch):
 
 @pytest.mark.parametrize(("peak", "held", "holds"), [
     (1000, 500, True), (1090, 540, True), (0, 0, False), (1200, 500, False), (1000, 600, False), (800, 500, False)])
-def test_a_pool_is_held_to_the_books_in_both_directions(peak, held, holds, gpu_modules):
+def test_a_pool_is_held_to_the_accounts_in_both_directions(peak, held, holds, gpu_modules):
     part = gpu_modules[0].compared(1000, 500, peak, held, 0.1)
     assert part["checked"] and part["holds"] is holds and part["over_peak"] == peak / 1000
 

@@ -16,7 +16,7 @@ from tsp_ref.training.strategy import Plan
 
 
 def watched():
-    """A namespace with empty books."""
+    """A namespace with empty accounts."""
     return CountedNumpy(Memory(), Work())
 
 

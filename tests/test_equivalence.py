@@ -1,5 +1,5 @@
 """Bitwise: every schedule on virtual ranks against the single process, however the model is dealt out, whatever is
-computed anew, and in whatever order messages arrive."""
+recomputed, and in whatever order messages arrive."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_two_steps_on_virtual_ranks_have_the_digest_of_the_single_process(plan, 
 
 @pytest.mark.parametrize("plan, ranks", every_plan(SCHEDULES, [4]))
 def test_so_have_two_steps_of_two_layers_that_are_dealt_evenly(plan, ranks):
-    """On other numbers of ranks: where what a backward needs is computed anew, and on real ranks."""
+    """On other numbers of ranks: where what a backward needs is recomputed, and on real ranks."""
     config = case_config("grouped-query", "float32")
     assert virtual_digest(config, plan, ranks, seed=ranks) == single_digest(config)
 
@@ -47,7 +47,7 @@ def test_a_table_that_is_embedding_and_head_at_once_is_summed_from_both_in_one_o
 
 @pytest.mark.parametrize("plan, ranks", [
     *every_plan(SCHEDULES, [2, 3], recompute="attention"), *every_plan(SCHEDULES, [2, 4], recompute="full")])
-def test_computing_anew_what_a_backward_needs_changes_no_bit(plan, ranks):
+def test_recomputing_what_a_backward_needs_changes_no_bit(plan, ranks):
     config = case_config("plain", "float32", tiles=8)
     assert virtual_digest(config, plan, ranks, seed=ranks, steps=1) == single_digest(config, steps=1)
 
@@ -65,7 +65,7 @@ def test_the_bits_agree_where_a_tile_is_several_strips_of_queries_and_chunks_of_
 
 
 @pytest.mark.parametrize("recompute", ["attention", "full"])
-def test_the_single_process_computes_anew_the_same_bits(recompute):
+def test_the_single_process_recomputes_the_same_bits(recompute):
     config = case_config("plain", "float32")
     assert virtual_digest(config, Plan("single", recompute=recompute), 1) == single_digest(config)
 

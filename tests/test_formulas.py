@@ -1,10 +1,10 @@
-"""The books say exactly what the formulas say: every message, every byte held between layers, every product."""
+"""The accounts say exactly what the formulas say: every message, every byte held between layers, every product."""
 
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from books import all_plans, sent_by, virtual_books
+from accounts import all_plans, sent_by, virtual_accounts
 from cases import CASES, case_config, cut, cut_in_strips
 
 from tsp_ref.comm.virtual import VirtualWorld
@@ -25,38 +25,38 @@ SIZES = {"grouped-query": dict(num_layers=1)}  # that every layer counts, the ot
 
 
 def check(config, ranks, plan):
-    """One step: each rank's books against the formulas."""
+    """One step: each rank's accounts against the formulas."""
     folded_ = plan.schedule in FOLDED
-    for books in virtual_books(config, ranks, plan):
-        wanted = step_messages(plan.schedule, config, books.grid, plan.recompute)
+    for accounts in virtual_accounts(config, ranks, plan):
+        wanted = step_messages(plan.schedule, config, accounts.grid, plan.recompute)
         size = itemsize(config)
-        assert books.sent == {(part, direction, purpose.name): (traffic.messages, traffic.elements * size)
-                              for (part, direction, purpose), traffic in wanted.items()}
-        assert books.memory.model_state_peak == model_state_bytes(config, books.grid)
-        assert books.kept == activation_bytes(config, books.grid, plan.recompute, folded_)
-        assert books.flops == step_flops(config, books.grid, plan.recompute, folded_)
+        assert accounts.sent == {(part, direction, purpose.name): (traffic.messages, traffic.elements * size)
+                                 for (part, direction, purpose), traffic in wanted.items()}
+        assert accounts.memory.model_state_peak == model_state_bytes(config, accounts.grid)
+        assert accounts.kept == activation_bytes(config, accounts.grid, plan.recompute, folded_)
+        assert accounts.flops == step_flops(config, accounts.grid, plan.recompute, folded_)
 
 
 @pytest.mark.parametrize(("case", "ranks"), EVERYWHERE + SOMEWHERE)
-def test_the_books_of_every_schedule_are_the_formulas_to_the_byte(case, ranks):
+def test_the_accounts_of_every_schedule_are_the_formulas_to_the_byte(case, ranks):
     for plan in all_plans(ranks):
         check(case_config(case, "float32", **SIZES.get(case, {})), ranks, plan)
 
 
 @pytest.mark.parametrize(("recompute", "ranks"), [("attention", 3), ("full", 4)])
-def test_the_books_of_recomputation_are_the_formulas_to_the_byte(ranks, recompute):
+def test_the_accounts_of_recomputation_are_the_formulas_to_the_byte(ranks, recompute):
     for plan in all_plans(ranks, recompute=recompute):
         check(case_config("grouped-query", "float64", num_layers=1), ranks, plan)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_the_books_of_the_contiguous_layout_are_the_formulas_to_the_byte(ranks):
+def test_the_accounts_of_the_contiguous_layout_are_the_formulas_to_the_byte(ranks):
     for plan in all_plans(ranks, layout="contiguous"):
         check(case_config("plain", "float32"), ranks, plan)
 
 
 @pytest.mark.parametrize("strip, diagonal", [(4, 8), (8, 3), (2, 4)])
-def test_the_books_are_the_formulas_where_a_tile_is_several_strips_and_takes_its_own_keys_in_chunks(
+def test_the_accounts_are_the_formulas_where_a_tile_is_several_strips_and_takes_its_own_keys_in_chunks(
     strip, diagonal, monkeypatch
 ):
     config = case_config("grouped-query", "float32", num_layers=1, tiles=4)
@@ -170,8 +170,8 @@ def test_what_tp_keeps_in_blocks_is_divided_too():
     """Without recomputation TP keeps less than everything: only the parts' inputs are whole on every rank."""
     config = case_config("plain", "float32")
     inputs = config.batch_size * config.seq_len * (5 * config.hidden_size + 1) * 4
-    books = virtual_books(config, 8, Plan("tp", counted=True))
-    assert {each.kept for each in books} == {inputs + (activation_bytes(config) - inputs) // 8}
+    accounts = virtual_accounts(config, 8, Plan("tp", counted=True))
+    assert {each.kept for each in accounts} == {inputs + (activation_bytes(config) - inputs) // 8}
 
 
 @pytest.mark.parametrize("size", [2, 4, 8])
@@ -196,7 +196,7 @@ def test_all_ranks_together_compute_what_one_process_computes(size):
 @pytest.mark.parametrize("case", CASES)
 def test_a_message_or_a_product_more_would_be_seen(case):
     config = case_config(case, "float32")
-    books = virtual_books(config, 2, Plan("tsp", counted=True))[0]
-    wanted = step_messages("tsp", config, books.grid)
-    assert len(books.sent) == len(wanted) == 17
-    assert all(messages > 0 and size > 0 for messages, size in books.sent.values())
+    accounts = virtual_accounts(config, 2, Plan("tsp", counted=True))[0]
+    wanted = step_messages("tsp", config, accounts.grid)
+    assert len(accounts.sent) == len(wanted) == 17
+    assert all(messages > 0 and size > 0 for messages, size in accounts.sent.values())

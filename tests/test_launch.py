@@ -12,7 +12,7 @@ def test_a_program_ends_with_its_own_code():
     assert start(lambda comm: 7 * (comm.rank == 1), ranks=3) == 7
 
 
-def test_a_program_that_leaves_a_message_under_way_fails():
+def test_a_program_that_leaves_a_message_in_flight_fails():
     def main(comm):
         if comm.rank == 0:
             comm.Isend(np.zeros(3), 1, 5)

@@ -69,7 +69,7 @@ def test_an_exchange_along_an_axis_reaches_its_ranks_in_order(weights: int, toke
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_messages_of_two_axes_under_way_at_once_do_not_mix(seed: int | None) -> None:
+def test_messages_of_two_axes_in_flight_at_once_do_not_mix(seed: int | None) -> None:
     """Of one tag, too: two ranks share one axis at most, so a pair of ranks tells the axis."""
 
     def main(mesh: Mesh) -> None:
@@ -152,7 +152,7 @@ def test_waiting_and_testing_along_an_axis_are_the_whole_s(seed: int | None) -> 
 
 
 @pytest.mark.parametrize("finisher", ["whole", "tokens"])
-def test_a_message_left_under_way_on_an_axis_is_noticed_by_the_whole_and_by_the_axis(finisher: str) -> None:
+def test_a_message_left_in_flight_on_an_axis_is_noticed_by_the_whole_and_by_the_axis(finisher: str) -> None:
     mesh = make_mesh(VirtualWorld(4).communicators[0], 2, 2)
     mesh.tokens.Irecv(np.zeros(1), 1, 4)
     with pytest.raises(MessageError, match="never completed: receive on rank 0 from rank 2, tag 4"):

@@ -85,8 +85,8 @@ def test_every_block_meets_every_slot_of_the_rank_in_each_layer_and_attention_s_
         sublayers = [(*phase, False) for phase in PHASES if phase[0] not in ("loss", "gains", "optimizer")]
         sublayers += [(part, "backward", True) for part in recomputed]
         assert met == Counter({
-            ((part, direction), layer, anew, block, slot): 2 if part == "attention" else 1
-            for part, direction, anew in sublayers for layer in ((0, 1) if part in ("attention", "mlp") else (None,))
+            ((part, direction), layer, again, block, slot): 2 if part == "attention" else 1
+            for part, direction, again in sublayers for layer in ((0, 1) if part in ("attention", "mlp") else (None,))
             for block in blocks_at_hand(plan, grid) for slot in grid.slots})
 
 

@@ -66,11 +66,11 @@ def bits_test(schedule, mesh=None):
 
 
 def recompute_test(schedule, recompute):
-    test_equivalence.test_computing_anew_what_a_backward_needs_changes_no_bit(Plan(schedule, recompute=recompute), 2)
+    test_equivalence.test_recomputing_what_a_backward_needs_changes_no_bit(Plan(schedule, recompute=recompute), 2)
 
 
 def kept_test():
-    test_recompute.test_what_is_computed_anew_is_not_kept_and_what_is_kept_is_used_up(Plan("sp"), 2, "attention")
+    test_recompute.test_what_is_recomputed_is_not_kept_and_what_is_kept_is_used_up(Plan("sp"), 2, "attention")
 
 
 def verdicts_test(schedule):

@@ -86,7 +86,7 @@ def test_with_each_option_ranks_have_the_bits_of_the_single_process(option: str,
 
 @pytest.mark.parametrize("recompute", ["attention", "full"])
 @pytest.mark.parametrize("plan, ranks", [("tp", 2), ("tsp", 4)])
-def test_so_they_have_with_all_options_where_the_backward_computes_anew(plan: str, ranks: int, recompute: str) -> None:
+def test_so_they_have_with_all_options_where_the_backward_recomputes(plan: str, ranks: int, recompute: str) -> None:
     config = case_config("every option", "float32")
     found = virtual_digest(config, Plan(plan, recompute=recompute), ranks, seed=2, steps=1)
     assert found == single_digest(config, 1)
@@ -220,7 +220,7 @@ def test_frequencies_are_scaled_as_their_turns_within_the_original_length_say() 
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_the_books_of_each_option_are_the_formulas_to_the_byte(option: str) -> None:
+def test_the_accounts_of_each_option_are_the_formulas_to_the_byte(option: str) -> None:
     config = with_option(option, "float32")
     for plan, ranks in ((Plan("tsp", counted=True), 3), (Plan("tp+sp", "2x2", counted=True, recompute="full"), 4)):
         check(config, ranks, plan)

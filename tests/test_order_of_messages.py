@@ -157,7 +157,7 @@ def test_the_mlp_s_weights_are_posted_when_the_layer_s_last_keys_and_values_are(
         keys, weights = places(script, "post", Tag.KEYS_VALUES), places(script, "post", Tag.MLP_WEIGHTS)
         layer_keys, layer_weights = len(keys) // 2, len(weights) // 2
         assert keys[layer_keys - 1] < weights[0] and keys[-1] < weights[layer_weights]
-        # And they do set off before the attention is over: keys and values are still waited for.
+        # And they are posted before the attention is over: keys and values are still waited for.
         assert weights[0] < places(script, "wait", Tag.KEYS_VALUES, "receive")[layer_keys // 2 - 1]
 
 

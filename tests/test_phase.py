@@ -1,4 +1,4 @@
-"""The phase of a step: in the books of messages, memory and work while a part runs, and not a moment longer."""
+"""The phase of a step: in the accounts of messages, memory and work while a part runs, and not a moment longer."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from tsp_ref.training.strategy import Plan
 CONFIG = case_config("plain", "float32", num_layers=1, tiles=4, blocks=4)
 
 
-def books(model, *ranks):
+def accounts(model, *ranks):
     """The phase in every book."""
     found = {model.phase, model.memory.phase, model.work.phase}
     for one in ranks:
@@ -27,25 +27,25 @@ def books(model, *ranks):
 @phase("mlp", "forward")
 def alone(model: Model, action):
     """A part of the single process."""
-    return action(books(model))
+    return action(accounts(model))
 
 
 @phase("mlp", "forward")
 def on_ranks(comm: Communicator, model: Model, action):
     """A part of a schedule on one axis."""
-    return action(books(model, comm))
+    return action(accounts(model, comm))
 
 
 @phase("mlp", "forward")
 def on_a_mesh(mesh: Mesh, model: Model, action):
     """A part of a schedule on a mesh."""
-    return action(books(model, mesh))
+    return action(accounts(model, mesh))
 
 
 @phase("head", "backward")
 def backward(comm: Communicator, model: Model, action):
     """A part of a backward."""
-    return action(books(model, comm))
+    return action(accounts(model, comm))
 
 
 def test_a_part_is_in_its_phase_in_every_book_and_its_caller_is_not():
@@ -53,7 +53,7 @@ def test_a_part_is_in_its_phase_in_every_book_and_its_caller_is_not():
     mesh = make_mesh(comm, 2, 2)
     for part, ranks in ((alone, ()), (on_ranks, (comm,)), (on_a_mesh, (mesh,))):
         assert part(*ranks, model, lambda found: found) == ("mlp", "forward")
-        assert books(model, comm, mesh) == OUTSIDE
+        assert accounts(model, comm, mesh) == OUTSIDE
 
 
 def test_the_phase_before_is_restored_when_a_part_raises():
@@ -65,12 +65,12 @@ def test_the_phase_before_is_restored_when_a_part_raises():
     def fail_within(found):
         with pytest.raises(ZeroDivisionError, match="head"):
             backward(comm, model, fail)
-        assert books(model, comm) == found == ("mlp", "forward")
+        assert accounts(model, comm) == found == ("mlp", "forward")
         fail(found)
 
     with pytest.raises(ZeroDivisionError, match="mlp"):
         on_ranks(comm, model, fail_within)
-    assert books(model, comm) == OUTSIDE
+    assert accounts(model, comm) == OUTSIDE
 
 
 def test_a_forward_within_a_backward_is_work_of_the_backward():

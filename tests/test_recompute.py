@@ -29,7 +29,7 @@ def kept(saved, layer):
     (Plan("single"), 1), (Plan("tp"), 2), (Plan("sp"), 2), (Plan("tp+sp", "2x2"), 4), (Plan("fsdp+sp"), 2),
     (Plan("tsp"), 2)], ids=str)
 @pytest.mark.parametrize("recompute", RECOMPUTE)
-def test_what_is_computed_anew_is_not_kept_and_what_is_kept_is_used_up(plan, ranks, recompute):
+def test_what_is_recomputed_is_not_kept_and_what_is_kept_is_used_up(plan, ranks, recompute):
     config = case_config("plain", "float32", tiles=4)
 
     def main(comm):

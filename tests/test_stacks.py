@@ -27,7 +27,7 @@ def test_every_number_of_tiles_at_a_time_has_the_digest_of_one(schedule, ranks, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_single_process_has_it_too_whatever_it_computes_anew(dtype):
+def test_the_single_process_has_it_too_whatever_it_recomputes(dtype):
     config = case_config("grouped-query", dtype, **SIZES)
     wanted = virtual_digest(config, Plan("single", stack=1), 1, steps=1)
     for recompute in ("none", "attention", "full"):

@@ -76,7 +76,7 @@ def test_the_ledger_and_the_timeline_know_the_same_messages_as_on_numpy(gpu_awar
 
 @BOTH
 def test_ranks_that_wait_for_a_receive_first_still_send(gpu_aware: bool) -> None:
-    """What is put off starts when anything is tested: nobody asks about the send before its receiver has it."""
+    """What is deferred starts when anything is tested: nobody asks about the send before its receiver has it."""
 
     def exchange(comm: Communicator, backend: CupyBackend) -> list[float]:
         other = 1 - comm.rank
@@ -243,7 +243,7 @@ class CopiesInTooEarly(CupyBackend):
 
 
 class SaysThatCopiesInAreDone(CupyBackend):
-    """A receive is complete while its copy is under way."""
+    """A receive is complete while its copy is in flight."""
 
     def copy_in(self, pinned: Any, array: Any, after: Any) -> Any:
         self.kept = [*getattr(self, "kept", []), pinned]

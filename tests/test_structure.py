@@ -384,7 +384,7 @@ def test_a_file_that_posts_a_message_is_found(text: str) -> None:
 
 @pytest.mark.parametrize("name", public_functions("reference.single"))
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_function_of_a_schedule_is_in_the_books_of_the_reference_s_phase(schedule: str, name: str) -> None:
+def test_a_function_of_a_schedule_is_in_the_accounts_of_the_reference_s_phase(schedule: str, name: str) -> None:
     reference, twin = public_functions("reference.single")[name], public_functions(f"schedules.{schedule}")[name]
     assert decorators(twin) == decorators(reference)
 

@@ -168,24 +168,24 @@ def test_pieces_of_ranks_merged_elsewhere_give_the_same_bits_for_every_number_of
                 local.add(leaf, arrays[leaf].copy())
             assert tuple(node for node, _ in local.pieces()) == cover(leaves, part)
             sent += local.pieces()
-        home = Tree[np.ndarray](leaves)
+        summed = Tree[np.ndarray](leaves)
         for number in random.permutation(len(sent)):
             (level, index), piece = sent[number]
-            home.add(index, piece, level)
-        assert home.total.tobytes() == tournament(list(leaves), arrays).tobytes()
+            summed.add(index, piece, level)
+        assert summed.total.tobytes() == tournament(list(leaves), arrays).tobytes()
 
 
 def test_pieces_of_a_tree_with_absent_leaves_merge_elsewhere() -> None:
     leaves, arrays = (0, 3, 4, 5, 9, 12), draw(13)
-    home = Tree[np.ndarray](leaves)
+    summed = Tree[np.ndarray](leaves)
     for part in ((3, 12), (5,), (0, 4, 9)):
         local = Tree[np.ndarray](leaves)
         for leaf in part:
             local.add(leaf, arrays[leaf].copy())
         assert tuple(node for node, _ in local.pieces()) == cover(leaves, part)
         for (level, index), piece in local.pieces():
-            home.add(index, piece, level)
-    assert home.total.tobytes() == tournament(list(leaves), arrays).tobytes()
+            summed.add(index, piece, level)
+    assert summed.total.tobytes() == tournament(list(leaves), arrays).tobytes()
 
 
 def test_a_cover_is_the_few_largest_subtrees_of_a_part() -> None:

@@ -1,4 +1,4 @@
-"""What tests of the books share: a step under some plan, counted, and what each rank's books then say."""
+"""What tests of the accounts share: a step under some plan, counted, and what each rank's accounts then say."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Sent = dict[tuple[str, str, str], tuple[int, int]]
 
 
 @dataclass
-class Books:
+class Accounts:
     """One rank's, after a training step."""
 
     grid: Grid
@@ -49,16 +49,16 @@ def sent_by(comm: Communicator) -> Sent:
     return {key: (messages[key], sizes[key]) for key in messages}
 
 
-def step_books(config: Config, comm: Communicator, plan: Plan) -> Books:
+def step_accounts(config: Config, comm: Communicator, plan: Plan) -> Accounts:
     """One training step on this rank."""
     training = Training(config, comm, plan, random_text(), np)
     _, saved = training.forward()
     training.strategy.backward(saved, training.weights, training.gradients)
     training.update()
     model = training.model
-    return Books(model.grid, sent_by(comm), training.kept_bytes, model.memory, model.work.flops)
+    return Accounts(model.grid, sent_by(comm), training.kept_bytes, model.memory, model.work.flops)
 
 
-def virtual_books(config: Config, size: int, plan: Plan) -> list[Books]:
+def virtual_accounts(config: Config, size: int, plan: Plan) -> list[Accounts]:
     """One training step on every virtual rank."""
-    return VirtualWorld(size, seed=size).run(lambda comm: step_books(config, comm, plan))
+    return VirtualWorld(size, seed=size).run(lambda comm: step_accounts(config, comm, plan))

@@ -1,11 +1,11 @@
-"""The books on real ranks: the ledger is the formula, and the memory counted is what the process really held."""
+"""The accounts on real ranks: the ledger is the formula, and the memory counted is what the process really held."""
 
 import gc
 import tracemalloc
 
 import numpy as np
 import pytest
-from books import all_plans, step_books
+from accounts import all_plans, step_accounts
 from cases import case_config, random_text
 
 from tsp_ref.formulas.memory import activation_bytes, itemsize, model_state_bytes
@@ -19,14 +19,15 @@ from tsp_ref.training.strategy import FOLDED, Plan
 def test_every_schedule_s_ledger_is_the_formula_to_the_byte(comm):
     config = case_config("grouped-query", "float32")
     for plan in all_plans(comm.size):
-        comm.finish()  # what was sent under the plan before was received, so its books can be closed
+        comm.finish()  # what was sent under the plan before was received, so its accounts can be closed
         comm.ledger.entries.clear()
-        books = step_books(config, comm, plan)
-        wanted = step_messages(plan.schedule, config, books.grid)
-        assert books.sent == {(part, direction, purpose.name): (traffic.messages, traffic.elements * itemsize(config))
-                              for (part, direction, purpose), traffic in wanted.items()}
-        assert books.memory.model_state_peak == model_state_bytes(config, books.grid)
-        assert books.kept == activation_bytes(config, books.grid, folded=plan.schedule in FOLDED)
+        accounts = step_accounts(config, comm, plan)
+        wanted = step_messages(plan.schedule, config, accounts.grid)
+        assert accounts.sent == {
+            (part, direction, purpose.name): (traffic.messages, traffic.elements * itemsize(config))
+            for (part, direction, purpose), traffic in wanted.items()}
+        assert accounts.memory.model_state_peak == model_state_bytes(config, accounts.grid)
+        assert accounts.kept == activation_bytes(config, accounts.grid, folded=plan.schedule in FOLDED)
 
 
 @pytest.mark.parametrize("schedule", ["tp", "sp", "tp+sp", "fsdp+sp", "tsp"])
