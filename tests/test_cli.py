@@ -178,7 +178,7 @@ def test_a_run_on_text_of_one_s_own_learns_it(capsys, tmp_path):
     (["messages", "--set", "rope_theta=1e300"], "rope_theta=1e+300 is not valid: the angles"),
     (["train", "--ranks", "3", "--schedule", "sp", "--set", "tiles=2"],
      "ranks=3 is not possible: with tiles=2, not every rank would hold a token tile; use 1 to 2 ranks, or raise tiles"),
-    (["train", "--ranks", "0"], "--ranks 0 is not valid: use 1 to 1024"),
+    (["train", "--ranks", "0"], "--ranks 0 is not valid: use 1 to 64 virtual ranks; more are for mpirun"),
     (["train", "--set", "hidden_size"], "--set hidden_size is not of the form field=value"),
     (["train", "--shuffle", "1", "--ranks", "20"], "ranks=20 is not possible"),
     (["train", "--schedule", "single", "--ranks", "2"], "--schedule single is one process"),

@@ -18,6 +18,9 @@ from .output import careful_output
 ONE_LINE = {number: ascii(chr(number))[1:-1] for number in (*range(32), 127)}
 """For a text that may hold anything, as a path may: what would break its line, or speak to the terminal, is spelled."""
 
+MOST_VIRTUAL = 64
+"""Virtual ranks at most: they take turns in one process, so a step takes longer the more they are."""
+
 
 @careful_output()
 def start(
@@ -41,8 +44,9 @@ def start(
                 raise UserError(f"--shuffle {shuffle} orders the messages of virtual ranks: use it with --ranks N, "
                                 "not under mpirun")
             return _run_real(main)
-        if ranks is not None and not 1 <= ranks <= 1024:
-            raise UserError(f"--ranks {ranks} is not valid: use 1 to 1024")
+        if ranks is not None and not 1 <= ranks <= MOST_VIRTUAL:
+            raise UserError(f"--ranks {ranks} is not valid: use 1 to {MOST_VIRTUAL} virtual ranks; more are for "
+                                "mpirun")
         world = VirtualWorld(ranks or 1, shuffle)
         return max(world.run(lambda comm: _finished(comm, main(comm))))
     except UserError as error:
