@@ -150,8 +150,8 @@ def _parser() -> Parser:
     verifying = commands.add_parser(
         "verify", help="compare N ranks with the single process, bit by bit", **_form(make_config("tiny", FEW_STEPS)),
         description="Train on N ranks and in a single process in the same job, and compare every activation, gradient, "
-                    "weight and moment. Exit code 0 only if every bit agrees. Both sides share their maths, so an error "
-                    "in that agrees too: that gradients are right is what pytest tests/test_gradients.py "
+                    "weight and moment. Exit code 0 only if every bit agrees. Both sides share their maths, so an "
+                    "error in that agrees too: that gradients are right is what pytest tests/test_gradients.py "
                     "tests/test_naive_and_single.py checks, against differences and a textbook model.")
     _plan_options(verifying)
     _common(verifying, preset="tiny", steps="2")
