@@ -1,7 +1,7 @@
 """TSP beside FSDP over the same ranks: the same shards, the same bytes, another grain.
 
 Objective: after this lesson you can say what TSP shares with FSDP (ZeRO-3) over the ranks that cut the sequence, what
-it changes, and for which models that matters. Takes ten minutes, and nothing but the ranks: 1 to 8, real or virtual.
+it changes, and for which models that matters. Takes ten minutes, and needs nothing but ranks: 1 to 8, real or virtual.
 
     mpirun -n 4 python lessons/19_tsp_and_fsdp.py
     python lessons/19_tsp_and_fsdp.py --ranks 4 --shuffle 7
@@ -14,7 +14,7 @@ brings a block of weights at a time, and a block of heads' keys and values: it u
 Look at: the bytes, which are equal, beside the messages, which are not; and the buffers at the peak, which for FSDP+SP
 grow with a whole sub-layer, for TSP with a block of it.
 
-Try it: give `CONFIG` the field `num_layers=8`. What both hold for good doubles and doubles again; the buffers stay,
+Try it: give `CONFIG` the field `num_layers=8`. What both hold for good grows threefold; the buffers stay,
 because a sub-layer is all that either gathers. So the deeper the model, the less the choice matters.
 """
 
@@ -36,9 +36,8 @@ from tsp_ref.grid.grid import Grid
 from tsp_ref.model.config import Config, make_config
 from tsp_ref.training.collect import digest
 from tsp_ref.training.loop import Training
-from tsp_ref.training.strategy import Plan
+from tsp_ref.training.strategy import FOLDED, Plan
 
-FOLDED = ("fsdp+sp", "tsp")
 CONFIG = make_config("tiny", tiles=16, steps=1, warmup_steps=0)
 WIDER = [replace(CONFIG, ffn_size=times * CONFIG.ffn_size) for times in (1, 2, 4)]
 LONGER = [replace(CONFIG, seq_len=times * CONFIG.seq_len) for times in (1, 4, 16)]
@@ -170,11 +169,11 @@ def main(lesson: Lesson) -> None:
     show_widths(lesson)
     show_lengths(lesson)
     lesson.part("When it matters")
-    lesson.say("The difference is one sub-layer's weights and one layer's keys and values, (1 - 1/G) of each, whatever "
-               "the depth. It is small beside a deep model's state, and beside what a forward keeps where nothing is "
-               "recomputed. It is large where one layer is a large part of the whole: few wide layers, inference, or "
-               "full recomputation over long sequences. For time the grain counts where the first use of a gathered "
-               "sub-layer waits for all of it: TSP can begin with its own block.")
+    lesson.say("The difference is at most the other ranks' weights of two sub-layers, a layer's keys and values, and "
+               "the gradients in flight, less the few blocks that TSP holds of each; whatever the depth. It is small "
+               "beside a deep model's state, and beside what a forward keeps where nothing is recomputed. It is large "
+               "where one layer is a large part of the whole. For time the grain counts where the first use of a "
+               "gathered sub-layer waits for all of it: in the MLP and the head TSP begins with its own block.")
 
 
 if __name__ == "__main__":

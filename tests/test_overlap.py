@@ -281,7 +281,7 @@ def test_one_rank_has_no_figure(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--schedule", "single"], "--schedule single sends no messages: use one of tp, sp, tp+sp, tsp"),
+    (["--schedule", "single"], "--schedule single sends no messages: use one of tp, sp, tp+sp, fsdp+sp, tsp"),
     (["--link", "fast"], "--link fast is not a link"),
     (["--ratio", "0"], "--ratio 0 is not valid: use a number from 0.01 to 100"),
     (["--ratio", "nan"], "--ratio nan is not valid: use a number from 0.01 to 100"),

@@ -24,7 +24,7 @@ from ..backends.host import HOST, Backend
 from ..comm.communicator import Communicator
 from ..comm.control import agreed, all_gather, from_root, gather_texts
 from ..comm.virtual import VirtualWorld
-from ..errors import UserError
+from ..errors import AgreedError, UserError
 from ..formulas.memory import model_state_bytes
 from ..model.config import Config
 from ..process import arithmetic, threads
@@ -131,7 +131,7 @@ def _plans(comm: Communicator, config: Config, plan: Plan) -> tuple[list[Plan], 
         else:
             plans.append(each)
     if len(plans) == 1:
-        raise UserError(f"no schedule can run: {refused[-1]}")
+        raise AgreedError(f"no schedule can run: {refused[-1]}")
     return plans, refused
 
 

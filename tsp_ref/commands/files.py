@@ -26,7 +26,8 @@ SPOKEN = (1, 2)  # the descriptors that the program's own words go to
 class WholeFile:
     """A file that is written whole, or not at all: what was there before is lost only to a full result.
 
-    Made, it has tried whether it can be written. Without a path nothing is ever written.
+    Made, it has tried whether it can be written; not whether it can be replaced, which is refused at the end where the
+    path is a mount point, or another user's in a folder like /tmp. Without a path nothing is ever written.
     """
 
     def __init__(self, option: str, path: str | None) -> None:
@@ -53,7 +54,12 @@ class WholeFile:
                 with self._stream as stream:
                     stream.write(content)
             else:
-                os.replace(self._part(content), os.path.realpath(self.path))
+                part = self._part(content)
+                try:
+                    os.replace(part, os.path.realpath(self.path))
+                except BaseException:
+                    os.remove(part)
+                    raise
 
     def _part(self, content: bytes) -> str:
         """A file with this content that can take the place of what the path leads to: beside it, of its mode, and under

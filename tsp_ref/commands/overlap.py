@@ -116,7 +116,7 @@ def overlap(comm: Communicator, options: OverlapOptions, backend: Backend = HOST
 def _prepare(comm: Communicator, options: OverlapOptions, backend: Backend) -> tuple[Text, Pictures, WholeFile]:
     """All that can be refused, before anything is timed."""
     if options.plan.schedule == "single":
-        raise UserError("--schedule single sends no messages: use one of tp, sp, tp+sp, tsp")
+        raise UserError("--schedule single sends no messages: use one of tp, sp, tp+sp, fsdp+sp, tsp")
     if options.repeats < 1:
         raise UserError(f"--repeats {options.repeats} is not valid: use 1 or more")
     if options.ratio is not None and not 0.01 <= options.ratio <= 100:

@@ -50,7 +50,7 @@ class Pictures:
         self.options = options
         if options.option and schedule == "single":
             raise UserError(f"{options.option} shows ranks and their messages, and --schedule single has none: use one "
-                            "of tp, sp, tp+sp, tsp")
+                            "of tp, sp, tp+sp, fsdp+sp, tsp")
         self.trace = WholeFile("--trace", options.trace if comm.rank == 0 else None)
         self.svg = WholeFile("--svg", options.svg if comm.rank == 0 else None)
         self.timeline: Timeline | None = None

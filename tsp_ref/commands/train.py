@@ -48,13 +48,13 @@ def train(comm: Communicator, options: TrainOptions, backend: Backend = HOST) ->
         require_room(comm, options.config, options.plan)
     training, pictures = agreed(comm, lambda: _prepare(comm, options, backend))
     require_same_text(comm, training.text)
-    # Last, because it makes a file.
-    log = agreed(comm, lambda: LineFile("--log", options.log if comm.rank == 0 else None))
     console = console_for(comm.rank)
     if backend.name == HOST.name and options.digest:
         arithmetic.require_alike(comm, "--digest")
     elif backend.name == HOST.name:
         arithmetic.warn_unless_alike(comm, console)
+    # Last of what may be refused, because it makes a file.
+    log = agreed(comm, lambda: LineFile("--log", options.log if comm.rank == 0 else None))
     _greet(console, training, options)
     with contextlib.closing(log):
         log.write({"start": dataclasses.asdict(options.config), "plan": dataclasses.asdict(options.plan),

@@ -27,7 +27,7 @@ def gain_bytes(config: Config) -> int:
 def model_state_bytes(config: Config, grid: Grid | None = None) -> int:
     """Weights, gradients and both moments: of this rank's blocks, and of all gains. Without a grid, of one process.
 
-    Of what is dealt out by blocks a rank holds 1/N under TP and TSP, everything under SP, 1/T on a mesh.
+    Of what is dealt out by blocks a rank holds 1/N under TP, TSP and FSDP+SP, everything under SP, 1/T on a mesh.
     """
     sizes = Sizes(config)
     tables = 1 if config.tied_head else 2

@@ -86,8 +86,8 @@ def need_of(config: Config, grid: Grid, plan: Plan) -> Need:
 
 
 def available_bytes(system: Path = SYSTEM) -> int | None:
-    """What can still be allocated on this machine, swap included, and in this process's control groups if one of them
-    has less; None where neither can be known."""
+    """What can still be allocated on this machine, or in this process's control groups if one of them has less; with
+    the machine's free swap, which a group may not be allowed: an upper bound. None where neither can be known."""
     machine = _machine(system)
     swap = machine.get("SwapFree", 0)
     found = [machine["MemAvailable"]] if "MemAvailable" in machine else []
@@ -124,8 +124,9 @@ def _left(group: Path, limit: str, used: str) -> Iterator[int]:
     with suppress(OSError, ValueError):  # ValueError: "max", no limit
         most = int((group / limit).read_text())
         known = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # The files that were read, and could be forgotten, count as used.
-        yield most - int((group / used).read_text()) + int(known.get("inactive_file", 0))
+        # The files that were read, and could be forgotten, count as used. (Version 1 names a group's whole tree apart.)
+        forgettable = (known.get(f"total_{name}", known.get(name, 0)) for name in ("inactive_file", "active_file"))
+        yield most - int((group / used).read_text()) + sum(map(int, forgettable))
 
 
 def amount(count: float) -> str:

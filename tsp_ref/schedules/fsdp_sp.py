@@ -8,7 +8,8 @@ the sequence, a sub-layer a unit. The order of every sum is ours, and so is the 
 
 While a sub-layer works, the weights of the next are in flight: `prefetch` posts them. Gradients in flight are returned
 by a backward, to be finished after the next. Beside its 1/N of everything a rank holds two sub-layers' weights whole,
-the keys and values of all heads of the whole sequence, and the gradients of a sub-layer.
+the keys and values of all heads of the whole sequence, and in the backward their gradients, and those of two
+sub-layers' weights.
 
 Read beside `reference.single` and `schedules.tsp`: the same functions in the same order.
 """
@@ -275,7 +276,7 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
             if model.recompute == "full":
                 saved.mlp[-1] = mlp_forward(
                     comm, model, x, weights, layer, messages.mlp_recomputed, messages.mlp.post)[1]
-            del x  # which from here on only the MLP's backward needs
+            del x  # which at most the MLP's backward still needs, and keeps
         dx, reduce_mlp = mlp_backward(
             comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain, messages.mlp, messages.post_attention)
         reduce.finish()

@@ -15,7 +15,7 @@ from .tags import Tag
 
 AHEAD = 2
 """How many steps a block's keys and values, or their gradients, may travel before they are waited for: so many blocks
-are worked on meanwhile (two hide more than one where links are slow, as measured in virtual time)."""
+are worked on meanwhile (chosen with benchmarks/virtual_overlap.py: two hide more than one where links are slow)."""
 
 
 class GatherKeysValues:

@@ -13,7 +13,7 @@ from .tags import Tag
 
 PREFETCHED = 4
 """Blocks of a broadcast that are posted in the sub-layer before: attention's are small, and the MLP's work is long
-(chosen by measurement in virtual time)."""
+(chosen with benchmarks/virtual_overlap.py)."""
 
 
 class Ring:

@@ -323,7 +323,7 @@ def model_backward(comm: Communicator, model: Model, saved: Saved, weights: Para
             if model.recompute == "full":
                 saved.mlp[-1] = mlp_forward(
                     comm, model, x, weights, layer, messages.mlp_recomputed, messages.mlp.post)[1]
-            del x  # which from here on only the MLP's backward needs
+            del x  # which at most the MLP's backward still needs, and keeps
         dx, reduce_mlp = mlp_backward(
             comm, model, dx, saved.mlp.pop(), weights, layer, gradients, dgain, messages.mlp, messages.post_attention)
         reduce.finish()

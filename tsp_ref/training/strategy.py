@@ -89,6 +89,7 @@ def choose_strategy(plan: Plan, comm: Communicator, config: Config, library: Nam
         return Strategy(model, partial(tp_sp.model_forward, mesh, model), partial(tp_sp.model_backward, mesh, model),
                         partial(tp_sp.gradient_norm, mesh, model))
     if plan.schedule == "fsdp+sp":
+        _require_enough(config, comm.size, comm.size)
         model = build(*fsdp_sp.place(comm))
         return Strategy(model, partial(fsdp_sp.model_forward, comm, model),
                         partial(fsdp_sp.model_backward, comm, model), partial(fsdp_sp.gradient_norm, comm, model))
