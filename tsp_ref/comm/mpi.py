@@ -286,7 +286,19 @@ _failure_marks: list[socket.socket] = []
 
 def _first_to_fail() -> bool:
     """Whether no other rank of this job on this node failed before: the first to fail takes a name that only one
-    process can hold and that is free again when it ends (Linux's abstract sockets; elsewhere every rank is first)."""
+    process can hold. Where the launcher gives the job a folder, as Open MPI's does, a file's in it, because that
+    launcher sends SIGTERM to the others when the first has ended; else one that is free again when the process ends
+    (Linux's abstract sockets; elsewhere every rank is first)."""
+    folder = os.environ.get("PMIX_SERVER_TMPDIR", "")
+    if os.path.isdir(folder):
+        try:
+            os.close(os.open(os.path.join(folder, "tsp_ref_failed"), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            return False
+        except OSError:
+            pass
+        else:
+            return True
     if not sys.platform.startswith("linux"):
         return True
     mark = socket.socket(socket.AF_UNIX)
