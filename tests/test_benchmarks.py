@@ -297,7 +297,9 @@ def test_a_benchmark_that_is_ended_leaves_nothing_running(number, code):
     seed = f"26042{int(number):04}"  # by which its ranks are found: a benchmark's line says seed=, a rank's "seed":
     job = subprocess.Popen(
         command("scaling", "--preset", "tiny", "--set", f"seed={seed}", "--repeats", "9999", "--schedules", "tsp"),
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Ctrl-C is ignored by what a shell has started in the background, as pytest may be.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         assert any(line.startswith("round 1/") for line in job.stdout)
         assert len(running(f'"seed": {seed}')) >= 4  # of the single process, of TSP on one rank and on two
