@@ -169,8 +169,10 @@ def test_a_run_on_text_of_one_s_own_learns_it(capsys, tmp_path):
     (["train", "--ranks", "9"],
      "ranks=9 is not possible: with blocks=8, not every rank would hold a weight block; use 1 to 8 ranks, or "
      "--schedule sp, which deals out no weights (blocks=8 is the most that num_kv_heads, "),
+    (["train", "--ranks", "9", "--schedule", "fsdp+sp"],
+     "use 1 to 8 ranks, or --schedule sp, which deals out no weights (blocks=8 is the most that num_kv_heads, "),
     (["train", "--ranks", "2", "--schedule", "tp", "--set", "num_heads=4", "num_kv_heads=1", "blocks=1"],
-     "use 1 to 1 ranks, or --schedule sp, which deals out no weights"),
+     "use 1 rank, or --schedule sp, which deals out no weights"),
     (["train", "--ranks", "8", "--schedule", "sp", "--set", "seq_len=4", "tiles=2"],
      "use 1 to 2 ranks, or --schedule tp, which deals out no tokens (tiles=4 is the most that seq_len can be"),
     (["verify", "--ranks", "2", "--set", "rope_theta=1e-300"],

@@ -14,6 +14,7 @@ import pytest
 from tsp_ref.cli import main
 from tsp_ref.commands.files import LineFile, WholeFile, require_different
 from tsp_ref.errors import UserError
+from tsp_ref.process import arithmetic
 from tsp_ref.training.data import Text
 
 TRAIN = ["train", "--preset", "tiny", "--steps", "1", "--text", __file__, "--set", "num_layers=1", "hidden_size=32",
@@ -273,6 +274,8 @@ def test_a_request_that_is_refused_leaves_no_log_behind(tmp_path, capsys, monkey
     numbers = itertools.count()
     assert "rank 1 read another text" in refused(capsys, "--ranks", "2", "--log", tmp_path / "log")
     assert "cannot be written" in refused(capsys, "--log", tmp_path / "log", "--svg", tmp_path / "no" / "picture")
+    monkeypatch.setattr(arithmetic, "differences", lambda comm: "BLAS: one on rank 0, another on rank 1")
+    assert "not all ranks compute alike" in refused(capsys, "--log", tmp_path / "log", "--digest")
     assert list(tmp_path.iterdir()) == []
 
 

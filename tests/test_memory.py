@@ -18,6 +18,7 @@ from tsp_ref.model import tilewise
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import initial_parameters
 from tsp_ref.schedules import tsp
+from tsp_ref.schedules.all_gather import AllGather
 from tsp_ref.schedules.gradients import IN_FLIGHT, ReduceToOwner
 from tsp_ref.schedules.keys_values import AHEAD, GatherKeysValues, ScatterKeysValues
 from tsp_ref.schedules.order import broadcast_orders, owned_blocks, ring_orders
@@ -137,7 +138,9 @@ def round_the_ring(comm, model, shard, use):
         held = ring.wait(step)
         ring.post()
         use(owner, block, held)
+    del held
     ring.finish()
+    assert model.memory.held["buffers"] == 0, "a ring that is over, but still known to somebody, holds nothing"
 
 
 def broadcast(comm, model, shard, use):
@@ -150,6 +153,30 @@ def broadcast(comm, model, shard, use):
         use(owner, block, held)
         in_use.append(held)
     blocks.finish()
+
+
+@pytest.mark.parametrize("case", ["plain", "nine blocks, eleven tiles"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_an_all_gather_holds_all_blocks_of_the_others_until_they_are_dropped_and_its_owner_s_are_no_copies(ranks, case):
+    config = case_config(case, "float32")
+
+    def main(comm):
+        model = Model(config, np, *folded(comm.rank, comm.size))
+        shard = np.zeros((len(model.grid.blocks), 100), dtype=np.float32)
+        shard += np.array(model.grid.blocks, dtype=np.float32)[:, None]
+        gather = AllGather(comm, model, shard, Tag.MLP_WEIGHTS)
+        gather.post()
+        gather.post()  # as a sub-layer does whose weights were prefetched
+        blocks = gather.wait()
+        assert [float(block[0]) for block in blocks] == list(range(config.blocks))
+        assert all(np.shares_memory(blocks[block], shard) for block in model.grid.blocks)
+        held = model.memory.held["buffers"]
+        del blocks
+        comm.finish()
+        return held, 400 * (config.blocks - len(model.grid.blocks)), model.memory.held["buffers"]
+
+    for held, wanted, left in VirtualWorld(ranks, seed=ranks).run(main):
+        assert held == wanted and left == 0
 
 
 def others_within(order, rank, steps):

@@ -81,6 +81,17 @@ def test_every_sub_layer_s_first_messages_are_posted_under_the_one_before_it(ran
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_so_are_all_weights_that_fsdp_gathers(ranks):
+    for script in scripts("fsdp+sp", ranks, backward=False):
+        assert posted_in(script, Tag.ATTENTION_WEIGHTS, 2) == ["embedding", "mlp"]
+        assert posted_in(script, Tag.MLP_WEIGHTS, 2) == ["attention", "attention"]
+        assert posted_in(script, Tag.HEAD_WEIGHTS, 1) == ["mlp"]
+    for script in scripts("fsdp+sp", ranks, backward=True):
+        assert posted_in(script, Tag.MLP_WEIGHTS, 2) == ["head", "attention"]
+        assert posted_in(script, Tag.KEYS_VALUES, 2) == posted_in(script, Tag.ATTENTION_WEIGHTS, 2) == ["mlp", "mlp"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_so_are_those_of_what_is_recomputed(ranks):
     for script in scripts("tsp", ranks, backward=True, recompute="attention"):
         # Attention's weights come twice: for what is recomputed, before the MLP's backward, and for the backward.
@@ -136,7 +147,7 @@ def ends_of_work(script):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("schedule", ["tsp", "sp"])
+@pytest.mark.parametrize("schedule", ["tsp", "fsdp+sp", "sp"])
 def test_gradients_of_weights_are_in_flight_until_the_next_sub_layer_is_over_and_totals_until_the_one_after(
     schedule, ranks
 ):

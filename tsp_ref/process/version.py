@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import platform
-from typing import Any
 
 import numpy as np
 
 from .. import __version__
 from ..comm import mpi
 from ..errors import UserError
+from . import threads
 
 
 def version() -> str:
@@ -19,12 +19,9 @@ def version() -> str:
 
 
 def _blas() -> list[str]:
-    from threadpoolctl import threadpool_info
-
-    pools: list[dict[str, Any]] = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
     return [f"BLAS: {pool['internal_api']} {pool['version']}"
             f"{' for ' + pool['architecture'] if pool.get('architecture') else ''}, {pool['num_threads']} thread"
-            f"{'s' * (pool['num_threads'] != 1)}" for pool in pools]
+            f"{'s' * (pool['num_threads'] != 1)}" for pool in threads.blas_pools()]
 
 
 def _mpi() -> str:

@@ -51,12 +51,12 @@ class ReduceToOwner:
     out     [m, ...], where the totals of this rank's own blocks are written; if `tied`, added to what is there
     orders  each rank's order of the blocks: it says at which step which other ranks work on a block of this one's
 
-    At each step of its own order a rank calls `wait`, to make room, `receive` and `send` (`reduce_scatter` does so for
-    all steps at once, and makes no room). What others compute at a step
+    At each step of its own order a rank calls `wait`, to make room, `receive` and `send`. What others compute at a step
     is received at that step, so a wait is always for an earlier step, and no circle of them can close. IN_FLIGHT blocks
     are being sent, and the pieces of as many ranks received (of all, where all work on one block at a time), under the
     computation of the next blocks; beside them a rank holds only those pieces of its own blocks that wait for another.
     The last end in `finish`, which is for after the next sub-layer: so they are in flight under its computation.
+    (`reduce_scatter` goes through all steps at once, without a `wait`: then all blocks are in flight.)
     """
 
     def __init__(

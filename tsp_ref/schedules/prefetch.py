@@ -22,26 +22,26 @@ def nothing() -> None:
     """Where no sub-layer follows, or the next needs no weights."""
 
 
-class Weights(Protocol):
+class BringsWeights(Protocol):
     """What brings a sub-layer's weights: a `Ring`, a `Broadcast`, an `AllGather`."""
 
     def post(self) -> None:
         """Post its first messages, unless they are posted."""
 
 
-Heads = TypeVar("Heads", bound=Weights)
-Columns = TypeVar("Columns", bound=Weights)
+ForAttention = TypeVar("ForAttention", bound=BringsWeights)
+ForMlp = TypeVar("ForMlp", bound=BringsWeights)
 
 
-class LayerMessages(NamedTuple, Generic[Heads, Columns]):
+class LayerMessages(NamedTuple, Generic[ForAttention, ForMlp]):
     """What a layer's backward receives of weights, keys and values. The first messages of each are posted by the
     sub-layer before; the first two are used only if what they are for is recomputed."""
 
-    attention_recomputed: Heads
-    mlp_recomputed: Columns
-    mlp: Columns
+    attention_recomputed: ForAttention
+    mlp_recomputed: ForMlp
+    mlp: ForMlp
     keys_values: GatherKeysValues
-    attention: Heads
+    attention: ForAttention
 
     def post_first(self, recompute: str) -> Prefetch:
         """The post of what the layer's backward begins with."""

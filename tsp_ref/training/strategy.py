@@ -113,7 +113,7 @@ def _require_enough(config: Config, for_weights: int = 1, for_tokens: int = 1) -
         remedy = (f"raise {field} with --set" if ranks <= most else
                   f"--schedule {schedule} ({field}={most} is the most that {', '.join(of)} can be multiples of)")
         raise UserError(f"ranks={ranks} is not possible: with {field}={count}, not every rank would hold a {what}; use "
-                        f"1 to {count} ranks, or {remedy}")
+                        f"{'1 rank' if count == 1 else f'1 to {count} ranks'}, or {remedy}")
 
 
 INFINITE = {"float32": 128, "float64": 1024}
