@@ -3,11 +3,12 @@
 import gc
 import sys
 import tracemalloc
+import weakref
 from collections import deque
 
 import numpy as np
 import pytest
-from cases import case_config, cut, random_text, single_training
+from cases import MODULES, case_config, cut, random_text, single_training
 
 from tsp_ref.accounting.memory import KINDS, Memory
 from tsp_ref.comm.virtual import VirtualWorld
@@ -17,8 +18,9 @@ from tsp_ref.grid.tree import Tree
 from tsp_ref.model import tilewise
 from tsp_ref.model.model import Model
 from tsp_ref.model.parameters import initial_parameters
-from tsp_ref.schedules import tsp
+from tsp_ref.schedules import keys_values, tsp
 from tsp_ref.schedules.all_gather import AllGather
+from tsp_ref.schedules.all_reduce import AllReduceTiles
 from tsp_ref.schedules.gradients import IN_FLIGHT, ReduceToOwner
 from tsp_ref.schedules.keys_values import AHEAD, GatherKeysValues, ScatterKeysValues
 from tsp_ref.schedules.order import broadcast_orders, owned_blocks, ring_orders
@@ -367,3 +369,61 @@ def test_what_is_counted_is_what_the_process_holds_between_steps():
     counted = sum(training.model.memory.held.values())
     assert counted == model_state_bytes(config)
     assert counted <= held < 1.02 * counted
+
+
+def one_step_of(schedule, ranks, **changes):
+    """A training step of the plain case under a schedule."""
+    config = case_config("plain", "float32", **changes)
+    VirtualWorld(ranks).run(lambda comm: Training(config, comm, Plan(schedule), random_text(), np).step())
+
+
+@pytest.mark.parametrize("schedule", [name for name in MODULES if name != "tp"])
+def test_when_a_block_s_keys_and_values_are_put_together_the_gradients_of_those_before_are_sent_and_gone(
+    schedule, monkeypatch
+):
+    honest_tree, honest_order, trees = tilewise.keys_values_tree, keys_values.in_order_of_text, []
+
+    def tree(model):
+        trees.append(weakref.ref(made := honest_tree(model)))
+        return made
+
+    def in_order(model, tiles_of):
+        assert [each() for each in trees] == [None] * len(trees)
+        return honest_order(model, tiles_of)
+
+    monkeypatch.setattr(tilewise, "keys_values_tree", tree)
+    monkeypatch.setattr(keys_values, "in_order_of_text", in_order)
+    one_step_of(schedule, 2)
+    assert len(trees) >= 8
+
+
+@pytest.mark.parametrize("schedule", ["tp", "tp+sp"])
+def test_a_stack_s_sums_are_no_longer_kept_when_they_are_exchanged(schedule, monkeypatch):
+    honest, seen = AllReduceTiles.totals, []
+
+    def totals(self):
+        seen.append(len(self.trees))
+        return honest(self)
+
+    monkeypatch.setattr(AllReduceTiles, "totals", totals)
+    one_step_of(schedule, 4)
+    assert set(seen) == {0}
+
+
+@pytest.mark.parametrize("schedule", MODULES)
+def test_what_the_head_has_saved_is_gone_when_its_backward_is_over(schedule, monkeypatch):
+    module, saved = MODULES[schedule], []
+    honest_head, honest_mlp = module.head_backward, module.mlp_backward
+
+    def head(ranks, model, kept, *rest):
+        saved.append(weakref.ref(kept))
+        return honest_head(ranks, model, kept, *rest)
+
+    def mlp(*given):
+        assert saved.pop()() is None
+        return honest_mlp(*given)
+
+    monkeypatch.setattr(module, "head_backward", head)
+    monkeypatch.setattr(module, "mlp_backward", mlp)
+    one_step_of(schedule, 1, num_layers=1)
+    assert saved == []

@@ -15,8 +15,8 @@ from tsp_ref.training.strategy import Plan
 
 TEXT = ["--text", __file__]
 KEPT = make_config("tiny", steps=1, warmup_steps=0)
-PLANS = [Plan("single"), Plan("tp"), Plan("sp"), Plan("tp+sp"), Plan("tp+sp", "3x1"), Plan("tsp"),
-         Plan("tsp", recompute="full", layout="contiguous")]
+PLANS = [Plan("single"), Plan("tp"), Plan("sp"), Plan("tp+sp"), Plan("tp+sp", "3x1"), Plan("fsdp+sp"),
+         Plan("tsp"), Plan("tsp", recompute="full", layout="contiguous")]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=str)
