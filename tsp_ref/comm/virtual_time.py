@@ -29,7 +29,7 @@ class TimedCommunicator(VirtualCommunicator):
         self._random = random.Random(f"{world.jitter_seed} {rank}")
 
     def progress(self, block: int, slot: int, tiles: int = 1) -> None:
-        """Nothing has to be helped on; the clock is brought up to date."""
+        """Nothing has to be progressed; the clock is brought up to date."""
         self.tick()
 
     def tick(self) -> None:
